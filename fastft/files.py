@@ -1,0 +1,73 @@
+"""Writing files so that a reader never sees half of one, and a failure leaves the old one in place."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fastft.errors import OutputError
+
+
+def canonical_json(value: Any) -> str:
+    """`value` as JSON with sorted keys and no spaces: equal values give equal text, so it can be hashed."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def sha256_of(value: Any) -> str:
+    """The SHA-256 (64 hex digits) of `value`'s canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write `data` (text as UTF-8) to `path`: a temporary file beside it, fsync, rename.
+
+    Raises:
+        OutputError: the folder cannot be created, the disk is full, or writing is not permitted; whatever
+            stood at `path` is still there and no temporary file is left.
+    """
+    raw = data.encode() if isinstance(data, str) else data
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(raw)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).replace(path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise OutputError(
+            f"cannot write {path}",
+            got=error.strerror or str(error),
+            fix="free some space or choose a folder that you may write to",
+        ) from error
+
+
+def new_folder(path: Path, *, what: str) -> Path:
+    """Claim `path` as an output folder: it must not exist, or be empty.
+
+    Raises:
+        OutputError: it holds something already, is a file, or cannot be created.
+    """
+    if path.is_file():
+        raise OutputError(f"the {what} folder is a file", got=str(path), fix="choose another folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise OutputError(
+            f"the {what} folder is not empty",
+            got=str(path),
+            allowed="a new or empty folder",
+            fix="choose another folder or remove this one; nothing was overwritten",
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot create the {what} folder {path}",
+            got=error.strerror or str(error),
+            fix="choose a folder that you may write to",
+        ) from error
+    return path
