@@ -66,6 +66,8 @@ class RunConfig(BaseModel):
     """A local folder, a hub name, or a shipped shape (random weights)."""
     data: str = "embedded"
     """A JSONL file of instruction rows or ChatML messages, or `embedded`."""
+    chat_template: str | None = None
+    """A Jinja chat template, or a file that holds one; None takes the tokenizer's own."""
     output: str = "fastft-run"
     """The new folder that the adapter is saved to."""
     lora: LoraConfig = LoraConfig()

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from fastft.errors import DataError
 from fastft.files import canonical_json, write_atomically
@@ -108,6 +108,12 @@ class Record(_Frozen):
     started_at: str = ""
     """ISO 8601, UTC."""
 
+    @field_validator("error")
+    @classmethod
+    def _encodable(cls, value: str | None) -> str | None:
+        # An error text may hold undecodable bytes of a crashed process; a record must still be written.
+        return None if value is None else value.encode("utf-8", "replace").decode("utf-8")
+
     def tokens_per_second(self) -> float | None:
         """Tokens of the counted steps over their time; None if nothing was counted."""
         times = self.step_time_ms[self.warmup_steps :]
@@ -136,12 +142,20 @@ def read_records(path: Path) -> list[Record]:
         )  # fmt: skip
     records = []
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        # Not `splitlines`, which also splits at U+2028 and others that JSON leaves inside a string.
+        for number, line in enumerate(_read(file).split("\n"), 1):
             if line.strip():
                 records.append(_parse(line, f"{file}:{number}"))
     if not records:
         raise DataError("the file holds no records", got=str(path), fix="run `fastft bench SCENARIO` again")
     return records
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the records in {file}", got=str(error), fix="run the bench again") from error
 
 
 def _parse(line: str, where: str) -> Record:

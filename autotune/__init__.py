@@ -1,0 +1,1 @@
+"""Writes plans: search space, probes, memory model, placement solver, search.  Not a public API: `fastft tune` is."""

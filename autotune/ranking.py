@@ -1,0 +1,66 @@
+"""Who leads: speeds of what was tried, finalists and winner.  Pure functions of the trials."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from fastft.plan import Choices, Trial
+
+NOISE = 0.01
+"""Speeds closer than this are equal; the earlier candidate wins, so the default unless something is clearly better."""
+FINALIST_SPREAD = 0.03
+"""Candidates this close to the best are timed again."""
+
+
+@dataclass(frozen=True)
+class Standings:
+    """A view of the trials so far, the default's first; it follows the list as that grows."""
+
+    trials: Sequence[Trial]
+    step_tokens: int
+    """Tokens of one optimizer step: the same for every candidate."""
+
+    def order(self) -> list[Choices]:
+        """What was tried, in the order of trying."""
+        found: list[Choices] = []
+        for trial in self.trials:
+            if trial.choices not in found:
+                found.append(trial.choices)
+        return found
+
+    def speed(self, choices: Choices) -> float | None:
+        """Tokens a second by the median step of its fastest trial; None if any of its trials was not ok.
+
+        The fastest, because what disturbs a measurement (another program, a hot GPU) only ever slows it.
+        """
+        trials = [trial for trial in self.trials if trial.choices == choices]
+        if not trials or any(trial.verdict != "ok" or not trial.step_time_ms for trial in trials):
+            return None
+        return 1000.0 * self.step_tokens / min(median(trial.step_time_ms) for trial in trials)
+
+    def best(self) -> Trial | None:
+        """The first trial of the fastest; None if nothing ran."""
+        ranked = self._ranked()
+        return None if not ranked else next(trial for trial in self.trials if trial.choices == ranked[0][1])
+
+    def finalists(self, count: int) -> list[Choices]:
+        """Up to `count` candidates close to the best, the fastest first, and the default.
+
+        The default is timed again however far behind it is, because the plan's gain is stated against it.
+        """
+        ranked = self._ranked()
+        close = [choices for speed, choices in ranked if speed >= (1 - FINALIST_SPREAD) * ranked[0][0]][:count]
+        default = self.trials[0].choices if self.trials else None
+        if default is None or default in close or self.speed(default) is None:
+            return close
+        return [*close[: max(1, count - 1)], default]
+
+    def winner(self) -> Choices | None:
+        """The earliest whose speed is the best within the noise; None if nothing ran."""
+        ranked = self._ranked()
+        fast = [choices for speed, choices in ranked if speed >= (1 - NOISE) * ranked[0][0]]
+        return next((choices for choices in self.order() if choices in fast), None)
+
+    def _ranked(self) -> list[tuple[float, Choices]]:
+        speeds = [(speed, choices) for choices in self.order() if (speed := self.speed(choices)) is not None]
+        return sorted(speeds, key=lambda pair: -pair[0])

@@ -1,0 +1,95 @@
+"""Reading a linear layer with its LoRA from the PEFT module that owns it.
+
+The engine copies nothing: weights and adapters stay in PEFT's modules, where `save_pretrained`, optimizers and
+callbacks expect them, and are looked up again in every forward.
+"""
+
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from fastft.models.quantized import dense_weight, is_quantized
+
+
+class AdaptedLinear(NamedTuple):
+    """y = x·Wᵀ + bias + scaling · dropout(x)·Aᵀ·Bᵀ, with W (out × in), A (rank × in), B (out × rank)."""
+
+    module: nn.Module
+    """The base layer; `weight` makes its matrix dense."""
+    bias: torch.Tensor | None
+    a: torch.Tensor | None
+    b: torch.Tensor | None
+    scaling: float
+    dropout: float
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The frozen matrix (out × in) in `dtype`; a quantized one is dequantized anew at each call."""
+        return dense_weight(self.module, dtype)
+
+
+def read_linear(module: nn.Module, *, training: bool) -> AdaptedLinear:
+    """The tensors of `module`, a plain or LoRA-adapted linear layer for which `why_not_fused` is None."""
+    if not isinstance(module, LoraLayer):
+        return AdaptedLinear(module, _bias(module), None, None, 0.0, 0.0)
+    base = module.get_base_layer()
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if module.disable_adapters or module.merged or not active:
+        return AdaptedLinear(base, _bias(base), None, None, 0.0, 0.0)
+    (name,) = active
+    dropout = getattr(module.lora_dropout[name], "p", 0.0) if training else 0.0
+    a, b = module.lora_A[name].weight, module.lora_B[name].weight
+    assert isinstance(a, torch.Tensor)
+    assert isinstance(b, torch.Tensor)
+    return AdaptedLinear(
+        base,
+        _bias(base),
+        a,
+        b,
+        float(module.scaling[name]),
+        float(dropout),
+    )
+
+
+def why_not_fused(module: nn.Module) -> str | None:
+    """Why the fused path cannot run this linear layer, or None where it can."""
+    if has_hooks(module):
+        return "it has forward or backward hooks"
+    base = module
+    if isinstance(module, LoraLayer):
+        base = module.get_base_layer()
+        active = [name for name in module.active_adapters if name in module.lora_A]
+        if len(active) > 1:
+            return f"{len(active)} adapters are active at once"
+        if any(name in module.lora_variant for name in active):
+            return "its LoRA is a variant (such as DoRA)"
+        if any(module.lora_B[name].bias is not None for name in active):
+            return "its LoRA has a bias"
+        if getattr(module, "fan_in_fan_out", False):
+            return "its weight is stored transposed"
+        if any(has_hooks(part[name]) for part in (module.lora_A, module.lora_B) for name in active):
+            return "its adapter has hooks"
+        if has_hooks(base):
+            return "its base layer has hooks"
+    elif module.__class__.__module__.startswith("peft."):
+        return f"{module.__class__.__name__} is not LoRA"
+    if not (type(base) is nn.Linear or is_quantized(base)):
+        return f"{type(base).__name__} is not a linear layer that the engine knows"
+    if base.weight.requires_grad:
+        return "its base weight is trained"
+    if base.bias is not None and base.bias.requires_grad:
+        return "its bias is trained"
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone listens to this module's forward or backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _bias(module: nn.Module) -> torch.Tensor | None:
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, torch.Tensor) else None

@@ -1,0 +1,309 @@
+"""The public API: names and arguments that people who fine-tune already know.
+
+`FastLanguageModel` loads a model and adds adapters; `patch_hf_training` speeds up code that was written for stock
+PEFT.  Either way the model stays a Hugging Face model in a `PeftModel`, and any loop or trainer can train it.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastft.config import LLAMA_LINEARS, LoraConfig, RunConfig, parse_bytes
+from fastft.engine.patch import patch_model, unpatch_model
+from fastft.errors import ConfigError, FastftError, ModelError, unknown_choice
+from fastft.hardware import Device, detect_device
+from fastft.memory_model import best_placement_under
+from fastft.models.loading import load_model, load_tokenizer, resolve_model, torch_dtype
+from fastft.models.shapes import ModelShape
+from fastft.plan import POLICIES, Choices, Plan, Policy
+from fastft.plan_store import PlanStore
+
+log = logging.getLogger("fastft")
+
+_REQUEST = "_fastft_request"
+
+
+class FastLanguageModel:
+    """Loading and adapting, in two calls; then train with `transformers.Trainer`, TRL, or a plain loop."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str,
+        max_seq_length: int = 2048,
+        dtype: torch.dtype | str | None = None,
+        load_in_4bit: bool = True,
+        load_in_8bit: bool = False,
+        *,
+        plan: str = "auto",
+        memory_cap: str | int | None = None,
+        backend: str = "auto",
+        device: str = "auto",
+        strict: bool = False,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        **hugging_face: Any,
+    ) -> tuple[Any, Any]:
+        """The base model and its tokenizer (None for a shipped shape).
+
+        Args:
+            model_name: `tiny`, a local folder, a shipped shape, or a hub name (the hub client downloads it unless
+                `local_files_only`).
+            max_seq_length: the longest sequence in tokens; what plans are looked up by.
+            dtype: of weights and activations; None is bf16 on a GPU that has it, fp32 on a CPU.
+            load_in_4bit: NF4 with double quantization, by bitsandbytes.
+            load_in_8bit: int8, by bitsandbytes; `load_in_4bit` must then be off.
+            plan: `auto` follows a cached plan where one fits, `none` the default, else a plan file.
+            memory_cap: `"7.8GiB"` or bytes: the placement with the least recomputation whose predicted peak is
+                under it.
+            backend: auto, triton, eager, or peft (stock).
+            device: auto, cpu or cuda.
+            strict: a module that cannot run fused is an error.
+            hugging_face: further arguments of `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            FastftError: what cannot be found, read or run here, and how to fix it.
+        """
+        if load_in_4bit and load_in_8bit:
+            raise ConfigError(
+                "load_in_4bit and load_in_8bit exclude each other", got="both", fix="pass load_in_4bit=False"
+            )
+        found = detect_device(device)
+        quantization = "nf4" if load_in_4bit else "int8" if load_in_8bit else "none"
+        resolved = resolve_model(model_name, offline=local_files_only, trust_remote_code=trust_remote_code)
+        compute_dtype = torch_dtype(dtype, found)
+        model = load_model(
+            resolved,
+            dtype=compute_dtype,
+            device=found.kind,
+            quantization=quantization,
+            offline=local_files_only,
+            trust_remote_code=trust_remote_code,
+            **hugging_face,
+        )
+        config = RunConfig.load(
+            model=model_name,
+            sequence_tokens=max_seq_length,
+            quantization=quantization,
+            dtype={torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[compute_dtype],
+            backend=backend,
+            device=found.kind,
+            plan=plan,
+            memory_cap=None if memory_cap is None else str(memory_cap),
+            strict=strict or None,
+        )
+        model.__dict__[_REQUEST] = (config, resolved.shape, found)
+        return model, load_tokenizer(resolved, offline=local_files_only, trust_remote_code=trust_remote_code)
+
+    @staticmethod
+    def get_peft_model(
+        model: Any,
+        r: int = 16,
+        target_modules: Sequence[str] = LLAMA_LINEARS,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        use_gradient_checkpointing: bool | str = "auto",
+        random_state: int = 3407,
+        *,
+        use_rslora: bool = False,
+        **lora: Any,
+    ) -> Any:
+        """A `PeftModel` around `model` (from `from_pretrained`), running on the chosen backend.
+
+        Args:
+            r: rank.
+            target_modules: names of linear layers.
+            lora_alpha: the adapter's output is scaled by alpha / r (alpha / √r with `use_rslora`).
+            lora_dropout: on the adapters' input.
+            bias: as in `peft.LoraConfig`.
+            use_gradient_checkpointing: `auto` (also `"unsloth"`) places it by the plan or the memory there is; True
+                checkpoints every layer, False none; a policy's name is that policy for every layer.
+            random_state: seed of the adapters.
+            lora: further arguments of `peft.LoraConfig`.
+
+        Raises:
+            ModelError: `model` does not come from `from_pretrained`.
+            ConfigError: an unknown value of `use_gradient_checkpointing`.
+        """
+        from peft import LoraConfig as PeftLoraConfig
+        from peft import get_peft_model, prepare_model_for_kbit_training
+
+        if _REQUEST not in model.__dict__:
+            raise ModelError(
+                "get_peft_model needs a model from FastLanguageModel.from_pretrained", got=type(model).__name__,
+                fix="load it there, or use peft.get_peft_model inside fastft.patch_hf_training()",
+            )  # fmt: skip
+        config, shape, device = model.__dict__[_REQUEST]
+        config = config.model_copy(
+            update={
+                "lora": LoraConfig(
+                    rank=r, alpha=lora_alpha, dropout=lora_dropout, targets=tuple(target_modules), rslora=use_rslora
+                )
+            }
+        )
+        if config.quantization != "none":
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        torch.manual_seed(random_state)
+        adapted = get_peft_model(
+            model,
+            PeftLoraConfig(
+                r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias=bias, use_rslora=use_rslora,  # type: ignore[arg-type]
+                target_modules=list(target_modules), task_type="CAUSAL_LM", **lora,
+            ),
+        )  # fmt: skip
+        _put_backend_in(adapted, config, shape, device, use_gradient_checkpointing)
+        return adapted
+
+
+def patch_hf_training(*, backend: str = "auto", strict: bool = False) -> "HfPatch":
+    """From now on, every `PeftModel` that is created runs on the fast backend.
+
+    One line before code that was written for stock PEFT.  Defaults stay: checkpointing is what the code asks for,
+    dtypes and initialisation are PEFT's.  Models of a family that the engine does not know stay stock, with one logged
+    line.  Undo it with `.undo()`, or use it as a context manager.
+
+    Args:
+        backend: auto (triton on a GPU, eager elsewhere), triton or eager.
+        strict: what cannot run fused is an error.
+    """
+    return HfPatch(backend, strict)
+
+
+class HfPatch:
+    """What `patch_hf_training` did, and how to undo it."""
+
+    def __init__(self, backend: str, strict: bool) -> None:
+        import peft
+
+        self._backend = _backend_name(backend, detect_device("auto"))
+        self._strict = strict
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._original: Callable[..., None] | None = peft.PeftModel.__init__
+        original, patch = peft.PeftModel.__init__, self
+
+        def init_and_patch(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            patch._adopt(self)
+
+        self._replacement = init_and_patch
+        peft.PeftModel.__init__ = init_and_patch  # type: ignore[method-assign]
+
+    def _adopt(self, model: nn.Module) -> None:
+        try:
+            patch_model(model, backend=self._backend, strict=self._strict)
+        except ModelError as error:
+            if self._strict:
+                raise
+            log.warning("%s stays stock: %s", type(model).__name__, error)
+            return
+        self._models.add(model)
+
+    def undo(self) -> None:
+        """Restore PEFT, and every model that was patched through it and still lives."""
+        import peft
+
+        if self._original is None:
+            return
+        if peft.PeftModel.__init__ is not self._replacement:
+            raise FastftError("another patch lies over this one", fix="undo the later patch_hf_training() first")
+        peft.PeftModel.__init__ = self._original  # type: ignore[method-assign]
+        self._original = None
+        for model in list(self._models):
+            unpatch_model(model)
+
+    def __enter__(self) -> "HfPatch":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+def _put_backend_in(
+    adapted: Any, config: RunConfig, shape: ModelShape | None, device: Device, checkpointing: bool | str
+) -> None:
+    backend = _backend_name(config.backend, device)
+    if backend == "peft" or shape is None:
+        if shape is None and config.backend not in ("auto", "peft"):
+            raise ModelError("the model's family has no layer specification", got=config.model, fix="use backend peft")
+        if checkpointing is not False:
+            adapted.gradient_checkpointing_enable({"use_reentrant": False})
+            adapted.enable_input_require_grads()
+        return
+    plan = _find_plan(config, shape, device)
+    placement: Any
+    if checkpointing in ("auto", "unsloth"):
+        placement = plan.choices.placement if plan is not None else _AutoPlacement(config, shape, device, backend)
+    elif isinstance(checkpointing, bool):
+        placement = "full" if checkpointing else "light"
+    elif checkpointing in POLICIES:
+        placement = checkpointing
+    else:
+        raise unknown_choice(
+            "use_gradient_checkpointing", checkpointing, ["auto", "unsloth", "True", "False", *POLICIES]
+        )
+    more: dict[str, Any] = {}
+    if plan is not None:
+        log.info("plan %s: %s", plan.id, plan.choices.summary())
+        more = {"attention": plan.choices.attention, "loss_chunk_tokens": plan.choices.loss_chunk_tokens}
+    patch_model(adapted, backend=backend, placement=placement, strict=config.strict, **more)
+
+
+def _backend_name(wanted: str, device: Device) -> str:
+    from fastft.planning import resolve_backend
+
+    return resolve_backend(RunConfig.load(backend=wanted), device)
+
+
+def _find_plan(config: RunConfig, shape: ModelShape, device: Device) -> Plan | None:
+    """The plan file, or the cached plan for this work at any batch size: whoever calls chooses the batch here."""
+    from fastft.planning import plan_key
+
+    if config.plan == "none":
+        return None
+    key = plan_key(config, shape, device)
+    if config.plan != "auto":
+        from pathlib import Path
+
+        plan = Plan.from_json(Path(config.plan).read_text(encoding="utf-8"), where=config.plan)
+        differences = set(key.difference(plan.key)) - {"global_batch"}
+        if differences:
+            raise ConfigError(
+                "the plan was made for something else", got=", ".join(sorted(differences)), fix="run `fastft tune`"
+            )
+        return plan
+    for plan in PlanStore().entries():
+        if set(key.difference(plan.key)) <= {"global_batch", "optimizer", "packing"}:
+            return plan
+    return None
+
+
+class _AutoPlacement:
+    """Chooses the placement when the batch is known: the least recomputation that fits the cap, or the device."""
+
+    # What is left to the allocator's rounding and to other users of the device.
+    HEADROOM = 0.92
+
+    def __init__(self, config: RunConfig, shape: ModelShape, device: Device, backend: str) -> None:
+        self._config, self._shape, self._device, self._backend = config, shape, device, backend
+        cap = config.memory_cap
+        self._cap = parse_bytes(cap) if cap is not None else int(device.memory_bytes * self.HEADROOM)
+
+    def __call__(self, batch: int, tokens: int) -> list[Policy]:
+        """The policies for micro-batches of `batch` rows of `tokens` tokens."""
+        config = self._config.model_copy(update={"sequence_tokens": tokens, "batch_size": batch})
+        layers = self._shape.layers
+        choices = Choices(backend=self._backend, micro_batch=batch, accumulation=1, placement=["light"] * layers)
+        placement = best_placement_under(self._cap, self._shape, choices, config, device=self._device)
+        if placement is None:
+            log.warning("no placement is predicted to fit %.2f GiB; taking the smallest", self._cap / 2**30)
+            return ["full"] * layers
+        chosen = Choices(backend=self._backend, micro_batch=batch, accumulation=1, placement=placement)
+        log.info("no plan is cached; by estimate: %s", chosen.summary())
+        return placement

@@ -1,0 +1,325 @@
+"""The `forward`s that `patch` puts in place of Hugging Face's.
+
+Each is bound to its module as an instance attribute, so the class and every other model stay untouched, and a deep
+copy of the model gets copies bound to its own modules.  What cannot run fused at this call goes to the original, and
+the ledger says why.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fastft.adapters.lora import read_linear
+from fastft.backends import Backend
+from fastft.engine.layer import LayerCall, decoder_layer
+from fastft.engine.ledger import Ledger
+from fastft.engine.loss import linear_cross_entropy, shifted_targets
+from fastft.engine.norm import RmsNorm
+from fastft.engine.support import why_no_head, why_no_layer, why_no_norm
+from fastft.kernels.attention.library import choose_attention
+from fastft.models.spec import LayerSpec
+from fastft.plan import Policy
+
+STATE = "_fastft"
+"""The attribute under which a patched module keeps its `ModuleState`."""
+
+
+@dataclass
+class EngineSettings:
+    """What every patched module of one model shares."""
+
+    ops: Backend
+    spec: LayerSpec
+    ledger: Ledger
+    placement: list[Policy]
+    attention: str
+    loss_chunk_tokens: int
+    placement_is_fixed: bool
+    """Whether the placement was chosen (a plan, the user), so that gradient checkpointing does not replace it."""
+    choose_placement: Callable[[int, int], list[Policy]] | None = None
+    """From (B, S) to the placement, asked when a batch of a new size comes; None where the placement is given."""
+    chosen: dict[tuple[int, int], list[Policy]] = field(default_factory=dict)
+
+    def place(self, batch: int, tokens: int) -> None:
+        """Set the placement for a micro-batch of `batch` rows of `tokens` tokens."""
+        if self.choose_placement is None:
+            return
+        size = (batch, tokens)
+        if size not in self.chosen:
+            self.chosen[size] = self.choose_placement(batch, tokens)
+        self.placement = self.chosen[size]
+
+
+@dataclass
+class ModuleState:
+    """What one patched module knows."""
+
+    settings: EngineSettings
+    name: str
+    index: int = 0
+    original: Callable[..., Any] | None = field(default=None)
+    """An instance's own `forward` from before the patch; None means the class's."""
+
+
+def state_of(module: nn.Module) -> ModuleState:
+    """The state of a patched module."""
+    state: ModuleState = module.__dict__[STATE]
+    return state
+
+
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """The `forward` that stood before the patch, bound to `module`."""
+    original = state_of(module).original
+    return original if original is not None else type(module).forward.__get__(module)
+
+
+def layer_forward(
+    self: nn.Module,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """A decoder layer: `hidden_states` (B × S × D) to the same."""
+    state = state_of(self)
+    settings = state.settings
+    policy: Policy = "full" if getattr(self, "gradient_checkpointing", False) else settings.placement[state.index]
+    reason = _why_not_now(self, settings, hidden_states, attention_mask, past_key_values, position_embeddings, kwargs)
+    if reason is None:
+        assert position_embeddings is not None
+        call = _layer_call(self, settings, policy, hidden_states, attention_mask, position_embeddings)
+        settings.ledger.fused(state.name, "decoder_layer", settings.ops.name)
+        return decoder_layer(hidden_states, call)
+    arguments = {
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "past_key_values": past_key_values,
+        "use_cache": use_cache,
+        "position_embeddings": position_embeddings,
+        **kwargs,
+    }
+    original = original_forward(self)
+    if not torch.is_grad_enabled():
+        return original(hidden_states, **arguments)
+    settings.ledger.stock(state.name, "decoder_layer", reason)
+    if policy == "full" and self.training and not getattr(self, "gradient_checkpointing", False):
+        # The stock layer honours the same placement in its own way.
+        return checkpoint(original, hidden_states, use_reentrant=False, **arguments)
+    return original(hidden_states, **arguments)
+
+
+def norm_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The final norm (… × D)."""
+    state = state_of(self)
+    settings = state.settings
+    reason = why_no_norm(self, settings.spec)
+    if reason is None and hidden_states.dtype != self.weight.dtype:
+        reason = f"its weight is {self.weight.dtype}, the activations are {hidden_states.dtype}"
+    if reason is not None:
+        settings.ledger.stock(state.name, "norm", reason)
+        stock: torch.Tensor = original_forward(self)(hidden_states)
+        return stock
+    settings.ledger.fused(state.name, "norm", settings.ops.name)
+    normed: torch.Tensor = RmsNorm.apply(hidden_states, self.weight, _eps(self), settings.ops)
+    return normed
+
+
+def backbone_forward(
+    self: nn.Module,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    *args: Any,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The decoder without its head; spares training what only generation needs.
+
+    In training, no key/value cache is built unless one is passed or asked for, and a mask that only hides right
+    padding is dropped: causal attention never looks to the right, so no real token could see the padding anyway.
+    """
+    if self.training and torch.is_grad_enabled():
+        embeds = kwargs.get("inputs_embeds")
+        shape = input_ids.shape if input_ids is not None else embeds.shape if embeds is not None else (0, 0)
+        state_of(self).settings.place(shape[0], shape[1])
+        if use_cache is None and kwargs.get("past_key_values") is None:
+            use_cache = False
+        if attention_mask is not None and is_right_padding(attention_mask):
+            attention_mask = None
+            if kwargs.get("position_ids") is None and input_ids is not None:
+                # Said explicitly: without a mask, positions could be taken for packed documents.
+                kwargs["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    return original_forward(self)(input_ids, attention_mask, *args, use_cache=use_cache, **kwargs)
+
+
+def causal_lm_forward(
+    self: nn.Module,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    use_cache: bool | None = None,
+    logits_to_keep: int | torch.Tensor = 0,
+    **kwargs: Any,
+) -> Any:
+    """The whole model; with labels and gradients, head and loss run together and `logits` are made on demand."""
+    state = state_of(self)
+    settings = state.settings
+    arguments = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "past_key_values": past_key_values,
+        "inputs_embeds": inputs_embeds,
+        "use_cache": use_cache,
+        **kwargs,
+    }
+    if labels is None or not torch.is_grad_enabled() or not self.training:
+        return original_forward(self)(**arguments, labels=labels, logits_to_keep=logits_to_keep)
+    head = self.get_output_embeddings()  # type: ignore[operator]
+    reason = why_no_head(head)
+    if reason is None and kwargs.get("return_dict") is False:
+        reason = "a tuple was asked for"
+    if reason is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        reason = "only some logits were asked for"
+    if reason is not None:
+        settings.ledger.stock(state.name, "head_and_loss", reason)
+        return original_forward(self)(**arguments, labels=labels, logits_to_keep=logits_to_keep)
+    settings.ledger.fused(state.name, "head_and_loss", settings.ops.name)
+    items = arguments.pop("num_items_in_batch", None)
+    shift_labels = arguments.pop("shift_labels", None)
+    outputs = self.model(**arguments)  # type: ignore[operator]
+    hidden = outputs.last_hidden_state
+    targets = shift_labels if shift_labels is not None else shifted_targets(labels)
+    loss = linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]).to(head.weight.dtype),
+        head.weight,
+        targets.reshape(-1).to(hidden.device),
+        settings.ops,
+        divisor=items,
+        chunk_tokens=settings.loss_chunk_tokens,
+    )
+    result = LazyLogitsOutput(
+        loss=loss,
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+    result.defer_logits(lambda: head(hidden))
+    return result
+
+
+class LazyLogitsOutput(CausalLMOutputWithPast):
+    """Hugging Face's output, whose `logits` (B × S × V) are computed when somebody reads them."""
+
+    def defer_logits(self, make: Callable[[], torch.Tensor]) -> None:
+        """Compute the logits by `make` at the first access."""
+        object.__setattr__(self, "_make_logits", make)
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name == "logits" and value is None:
+            make = self.__dict__.get("_make_logits")
+            if make is not None:
+                value = make()
+                object.__setattr__(self, "_make_logits", None)
+                self.logits = value
+        return value
+
+
+def is_right_padding(attention_mask: torch.Tensor) -> bool:
+    """Whether a (B × S) mask of ones and zeros has its ones first in every row, with at least one."""
+    if attention_mask.dim() != 2 or attention_mask.shape[1] == 0:
+        return False
+    mask = attention_mask != 0
+    return bool((mask[:, 1:] <= mask[:, :-1]).all() & mask[:, 0].all())
+
+
+def _why_not_now(
+    layer: nn.Module,
+    settings: EngineSettings,
+    hidden_states: torch.Tensor,
+    attention_mask: Any,
+    past_key_values: Any,
+    position_embeddings: Any,
+    kwargs: dict[str, Any],
+) -> str | None:
+    if past_key_values is not None:
+        return "a key/value cache is in use"
+    if position_embeddings is None:
+        return "no position embeddings were passed"
+    if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4):
+        return f"the attention mask is a {type(attention_mask).__name__}"
+    if kwargs.get("output_attentions"):
+        return "attention weights were asked for"
+    if "cu_seq_lens_q" in kwargs:
+        return "documents are separated by lengths, not by a mask"
+    weight = getattr(attrgetter(settings.spec.input_norm)(layer), "weight", None)
+    dtype = _compute_dtype(hidden_states)
+    if weight is None or not (dtype == weight.dtype == hidden_states.dtype):
+        return f"it computes in {dtype} on {getattr(weight, 'dtype', None)} weights"
+    return why_no_layer(layer, settings.spec)
+
+
+def _compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden_states.dtype
+
+
+def _layer_call(
+    layer: nn.Module,
+    settings: EngineSettings,
+    policy: Policy,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+) -> LayerCall:
+    spec = settings.spec
+    input_norm, mlp_norm = attrgetter(spec.input_norm, spec.mlp_norm)(layer)
+    q, k, v, o, gate, up, down = (
+        read_linear(module, training=layer.training) for module in attrgetter(*spec.linears)(layer)
+    )
+    attention_module = attrgetter(spec.o.rpartition(".")[0])(layer)
+    B, S, _ = hidden_states.shape
+    head_dim = attention_module.head_dim
+    cos, sin = (t.reshape(-1, t.shape[-1]).to(hidden_states.dtype) for t in position_embeddings)
+    q_like = hidden_states.new_empty((0,)).expand(B, S, 1, head_dim) if B * S == 0 else hidden_states[..., :head_dim]
+    attention = choose_attention(settings.attention, q_like.unsqueeze(2), attention_mask)
+    dropout = any(linear.dropout > 0 for linear in (q, k, v, o, gate, up, down))
+    return LayerCall(
+        ops=settings.ops,
+        attention=attention,
+        policy=policy,
+        input_norm_D=input_norm.weight,
+        input_eps=_eps(input_norm),
+        mlp_norm_D=mlp_norm.weight,
+        mlp_eps=_eps(mlp_norm),
+        qkv=(q, k, v),
+        o=o,
+        gate_up=(gate, up),
+        down=down,
+        head_dim=head_dim,
+        scale=attention_module.scaling,
+        cos_Sd=cos,
+        sin_Sd=sin,
+        mask=attention_mask,
+        # Drawn from the CPU's generator, which `torch.manual_seed` fixes, without touching the device's.
+        seed=int(torch.randint(2**62, ()).item()) if dropout else 0,
+    )
+
+
+def _eps(norm: nn.Module) -> float:
+    eps: float = norm.variance_epsilon  # type: ignore[assignment]
+    return eps

@@ -1,0 +1,61 @@
+"""The path ledger: for each module, which path runs and, where it is not the fused one, why."""
+
+import logging
+from collections import Counter
+from typing import NamedTuple
+
+from fastft.errors import BackendError
+
+log = logging.getLogger("fastft")
+
+
+class Path(NamedTuple):
+    """What one module runs on."""
+
+    kind: str
+    """decoder_layer, norm, head_and_loss, backbone."""
+    path: str
+    """`fused (triton)`, `stock`, …"""
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.path}" + (f", because {self.reason}" if self.reason else "")
+
+
+class Ledger:
+    """Module name → path.  Nothing falls back in silence: the first fallback of a kind is logged."""
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self.strict = strict
+        self.paths: dict[str, Path] = {}
+        self._told: set[tuple[str, str]] = set()
+
+    def fused(self, name: str, kind: str, backend: str) -> None:
+        """Note that module `name` runs on the fused path."""
+        self.paths[name] = Path(kind, f"fused ({backend})")
+
+    def stock(self, name: str, kind: str, reason: str) -> None:
+        """Note that module `name` runs as Hugging Face wrote it.
+
+        Raises:
+            BackendError: the ledger is strict.
+        """
+        if self.strict:
+            raise BackendError(
+                f"{name} cannot run fused",
+                got=reason,
+                fix="remove the cause, or drop `strict` to let this module run as stock",
+            )
+        self.paths[name] = Path(kind, "stock", reason)
+        if (kind, reason) not in self._told:
+            self._told.add((kind, reason))
+            log.warning("%s (%s) runs as stock, because %s", name, kind, reason)
+
+    def counts(self) -> dict[str, int]:
+        """How many modules run on each path: `{"decoder_layer: fused (eager)": 28}`."""
+        return dict(sorted(Counter(str(path) for path in self.paths.values()).items()))
+
+    @property
+    def fallbacks(self) -> dict[str, Path]:
+        """The modules that do not run fused."""
+        return {name: path for name, path in self.paths.items() if path.path == "stock"}

@@ -1,0 +1,91 @@
+"""Head and cross-entropy together: the logits of all tokens never exist at once.
+
+Only rows whose target counts go through the head, a chunk at a time, and each chunk's logits are overwritten by their
+own gradient.  The gradient of the hidden states is finished in the forward; the backward only scales it.
+
+Legend: T tokens, D model, N labelled rows, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastft.backends import Backend
+
+IGNORED = -100
+
+
+def shifted_targets(labels_BS: torch.Tensor) -> torch.Tensor:
+    """The target of each position: the next token's label, and nothing for the last (B × S, int64)."""
+    return F.pad(labels_BS, (0, 1), value=IGNORED)[:, 1:]
+
+
+def linear_cross_entropy(
+    hidden_TD: torch.Tensor,
+    head_VD: torch.Tensor,
+    targets_T: torch.Tensor,
+    ops: Backend,
+    *,
+    divisor: torch.Tensor | float | None = None,
+    chunk_tokens: int = 2048,
+) -> torch.Tensor:
+    """Σ cross-entropy of the rows whose target is not −100, over `divisor` (their count where it is None).
+
+    Returns an fp32 scalar; 0, not NaN, where no row has a target.  `head_VD` is frozen.
+    """
+    loss: torch.Tensor = LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T, ops, divisor, chunk_tokens)
+    return loss
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """See `linear_cross_entropy`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: torch.Tensor,
+        head_VD: torch.Tensor,
+        targets_T: torch.Tensor,
+        ops: Backend,
+        divisor: torch.Tensor | float | None,
+        chunk_tokens: int,
+    ) -> torch.Tensor:
+        """The loss, and the gradient of the labelled rows before division."""
+        needs_grad = ctx.needs_input_grad[0]
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            rows_N = (targets_T != IGNORED).nonzero().squeeze(1)
+            count = rows_N.numel()
+            targets_N = targets_T[rows_N]
+            hidden_ND = hidden_TD if count == hidden_TD.shape[0] else hidden_TD.index_select(0, rows_N)
+            gradient_ND = torch.empty_like(hidden_ND) if needs_grad else None
+            total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+            for start in range(0, count, chunk_tokens):
+                part = slice(start, start + chunk_tokens)
+                logits_NV = torch.mm(hidden_ND[part], head_VD.t())
+                # Scale 1: the division comes in the backward, where an fp16 loss scale is already in the gradient
+                # and small values do not underflow.
+                losses_N = ops.cross_entropy_(logits_NV, targets_N[part], 1.0 if needs_grad else None)
+                total += losses_N.sum()
+                if gradient_ND is not None:
+                    torch.mm(logits_NV, head_VD, out=gradient_ND[part])
+                del logits_NV
+            # `clamp`: a micro-batch without a label gives 0.
+            over = float(max(count, 1)) if divisor is None else divisor
+            if isinstance(over, torch.Tensor):
+                over = over.to(total.device)
+        if needs_grad:
+            ctx.shape, ctx.over = hidden_TD.shape, over
+            ctx.save_for_backward(gradient_ND, rows_N)
+        return total / over
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        """The hidden states' gradient: zero in rows without a target."""
+        gradient_ND, rows_N = ctx.saved_tensors
+        scaled_ND = gradient_ND * (grad_outputs[0] / ctx.over)
+        scaled_ND = scaled_ND.to(gradient_ND.dtype)
+        if rows_N.numel() == ctx.shape[0]:
+            return scaled_ND, None, None, None, None, None
+        gradient_TD = gradient_ND.new_zeros(ctx.shape).index_copy_(0, rows_N, scaled_ND)
+        return gradient_TD, None, None, None, None, None

@@ -1,0 +1,63 @@
+"""Cross-entropy in plain PyTorch.
+
+Source of the formula and of the rounding: `ForCausalLMLoss` in transformers' `loss_utils.py`.  Logits are
+upcast to fp32; the gradient is cast back to their dtype.
+"""
+
+# N labelled rows, V vocabulary
+
+import torch
+from torch import Tensor
+
+# Rows are taken in blocks: on a CPU so few that all passes over a block stay in the cache, on a GPU enough
+# to fill it while the fp32 copy of 16-bit logits stays small.
+_BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+
+
+def scale_tensor(scale: float | Tensor, device: torch.device) -> Tensor:
+    """`scale` as one fp32 element on `device`, without waiting for the device if it is there or a number."""
+    if isinstance(scale, Tensor):
+        return scale.detach().to(device=device, dtype=torch.float32).reshape(1)
+    return torch.full((1,), scale, dtype=torch.float32, device=device)
+
+
+def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, scale: float | Tensor | None = None) -> Tensor:
+    """The loss of each row, and its gradient in the logits' place.
+
+    Args:
+        logits_NV: fp32, bf16 or fp16; N may be 0.  Overwritten by `scale · (softmax − onehot)` if there is
+            a scale, else left as they are.
+        targets_N: int64, each from 0 to V−1; rows without a target are not passed.
+        scale: a number or a one-element tensor on the logits' device: what the loss's sum is multiplied by,
+            1 ÷ the global count of labels.
+
+    Returns:
+        `loss_N = logsumexp(logits) − logits[target]`, fp32, unscaled.
+    """
+    N, V = logits_NV.shape
+    loss_N = torch.empty((N,), dtype=torch.float32, device=logits_NV.device)
+    if N == 0:
+        return loss_N
+    scale_1 = None if scale is None else scale_tensor(scale, logits_NV.device)
+    rows = max(1, _BLOCK_ELEMENTS.get(logits_NV.device.type, 2**26) // V)
+    for logits_nV, targets_n, loss_n in zip(
+        logits_NV.split(rows), targets_N.split(rows), loss_N.split(rows), strict=True
+    ):
+        _block(logits_nV, targets_n.unsqueeze(1), scale_1, loss_n)
+    return loss_N
+
+
+def _block(logits_nV: Tensor, targets_n1: Tensor, scale_1: Tensor | None, loss_n: Tensor) -> None:
+    in_place = scale_1 is not None and logits_nV.dtype == torch.float32
+    maximum_n1 = logits_nV.amax(-1, keepdim=True)
+    # The subtraction of two 16-bit numbers would be rounded; of one and an fp32 number it is not.
+    work_nV = logits_nV.sub_(maximum_n1) if in_place else torch.sub(logits_nV, maximum_n1.to(torch.float32))
+    target_n1 = work_nV.gather(1, targets_n1)
+    total_n1 = work_nV.exp_().sum(-1, keepdim=True)
+    torch.sub(total_n1.log(), target_n1, out=loss_n.unsqueeze(1))
+    if scale_1 is None:
+        return
+    work_nV.mul_(scale_1 / total_n1)
+    work_nV.scatter_add_(1, targets_n1, (-scale_1).expand(len(work_nV), 1))
+    if not in_place:
+        logits_nV.copy_(work_nV)

@@ -1,0 +1,204 @@
+"""LoRA linear layers over the library's GEMM.
+
+Layers that share an input (q, k, v; gate, up) form a group.  Their A matrices are stacked, so the input is read
+once for all of them, and scaling · a·Bᵀ is added by the GEMM itself (`addmm_` with alpha) instead of by two
+passes over the output.
+
+Legend: T tokens, I in, O out, R rank, G layers of the group.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Linear(Protocol):
+    """What a layer of the group must offer; `fastft.adapters.lora.AdaptedLinear` does."""
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(O) or None."""
+
+    @property
+    def a(self) -> torch.Tensor | None:
+        """(R × I), or None where there is no adapter."""
+
+    @property
+    def b(self) -> torch.Tensor | None:
+        """(O × R), or None where there is no adapter."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the adapter's output."""
+
+    @property
+    def dropout(self) -> float:
+        """Probability with which an element of the adapter's input is dropped."""
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """(O × I) in `dtype`."""
+
+
+class GroupGradients(NamedTuple):
+    """Gradients of a group: of its input, and of each layer's A and B (None without an adapter)."""
+
+    dx_TI: torch.Tensor | None
+    da: list[torch.Tensor | None]
+    db: list[torch.Tensor | None]
+
+
+def lora_linear(
+    x_TI: torch.Tensor, group: Sequence[Linear], *, seed: int = 0
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """The outputs (T × O) of every layer of the group, and x·Aᵀ of all adapters side by side (T × ΣR) or None.
+
+    `seed` fixes the dropout masks: the same seed gives the same masks, so a recomputation repeats them.
+    """
+    low_TR = low_rank(x_TI, group, seed)
+    outputs = []
+    offset = 0
+    for layer in group:
+        weight_IO = layer.weight(x_TI.dtype).t()
+        y_TO = (
+            torch.mm(x_TI, weight_IO) if layer.bias is None else torch.addmm(layer.bias.to(x_TI.dtype), x_TI, weight_IO)
+        )
+        if layer.b is not None and low_TR is not None:
+            rank = layer.b.shape[1]
+            y_TO.addmm_(low_TR[:, offset : offset + rank], layer.b.to(x_TI.dtype).t(), alpha=layer.scaling)
+            offset += rank
+        outputs.append(y_TO)
+    return outputs, low_TR
+
+
+def lora_linear_backward(
+    dy: Sequence[torch.Tensor],
+    x_TI: torch.Tensor,
+    low_TR: torch.Tensor | None,
+    group: Sequence[Linear],
+    *,
+    seed: int = 0,
+    needs_dx: bool = True,
+) -> GroupGradients:
+    """Gradients of the group from its outputs' gradients `dy` (each T × O).
+
+    dA = Σ_t dlowᵀ·dropout(x), dB = scaling · dyᵀ·low, dx = Σ_g dy·W + dlow·A, with dlow = scaling · dy·B.  The
+    frozen W has no gradient.
+    """
+    dlow_TR = low_rank_gradient(dy, group)
+    da, db = adapter_gradients(dy, dlow_TR, x_TI, low_TR, group, seed=seed)
+    dx_TI = input_gradient(dy, dlow_TR, group, seed=seed) if needs_dx else None
+    return GroupGradients(dx_TI, da, db)
+
+
+def adapter_gradients(
+    dy: Sequence[torch.Tensor],
+    dlow_TR: torch.Tensor | None,
+    x_TI: torch.Tensor,
+    low_TR: torch.Tensor | None,
+    group: Sequence[Linear],
+    *,
+    seed: int = 0,
+) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """dA (R × I) and dB (O × R) of every layer, each in its adapter's dtype; None without an adapter."""
+    db: list[torch.Tensor | None] = [None] * len(group)
+    if dlow_TR is None or low_TR is None:
+        return list(db), db
+    for g, low, _ in _slices(low_TR, group):
+        b = group[g].b
+        assert b is not None
+        db[g] = torch.mm(dy[g].t(), low).mul_(group[g].scaling).to(b.dtype)
+    return _down_gradients(dlow_TR, x_TI, group, seed), db
+
+
+def input_gradient(
+    dy: Sequence[torch.Tensor], dlow_TR: torch.Tensor | None, group: Sequence[Linear], *, seed: int = 0
+) -> torch.Tensor:
+    """dx (T × I) alone: Σ_g dy·W + dlow·A."""
+    first, *rest = range(len(group))
+    dtype = dy[first].dtype
+    dx_TI = torch.mm(dy[first], group[first].weight(dtype))
+    for g in rest:
+        dx_TI.addmm_(dy[g], group[g].weight(dtype))
+    if dlow_TR is None:
+        return dx_TI
+    if not _dropout(group):
+        return dx_TI.addmm_(dlow_TR, _stacked_a(group, dtype))
+    for g, dlow, a in _slices(dlow_TR, group):
+        dx_TI.add_(torch.mm(dlow, a.to(dtype)).mul_(dropout_mask(dx_TI, group[g].dropout, seed + g)))
+    return dx_TI
+
+
+def dropout_mask(like: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+    """0 with probability `p`, else 1 / (1 − p), in the shape, dtype and device of `like`; a function of `seed`."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.empty_like(like).bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
+
+
+def low_rank_gradient(dy: Sequence[torch.Tensor], group: Sequence[Linear]) -> torch.Tensor | None:
+    """dlow = scaling · dy·B of all adapters side by side (T × ΣR), or None where the group has none."""
+    adapted = [(d, layer) for d, layer in zip(dy, group, strict=True) if layer.b is not None]
+    if not adapted:
+        return None
+    if len(adapted) == 1:
+        d, layer = adapted[0]
+        assert layer.b is not None
+        return torch.mm(d, layer.b.to(d.dtype)).mul_(layer.scaling)
+    ranks = [layer.b.shape[1] for _, layer in adapted if layer.b is not None]
+    dlow_TR = dy[0].new_empty(dy[0].shape[0], sum(ranks))
+    for (d, layer), out in zip(adapted, dlow_TR.split(ranks, dim=1), strict=True):
+        assert layer.b is not None
+        torch.addmm(out, d, layer.b.to(d.dtype), beta=0.0, alpha=layer.scaling, out=out)
+    return dlow_TR
+
+
+def low_rank(x_TI: torch.Tensor, group: Sequence[Linear], seed: int) -> torch.Tensor | None:
+    """dropout(x)·Aᵀ of all adapters side by side (T × ΣR), or None where the group has none."""
+    if all(layer.a is None for layer in group):
+        return None
+    if not _dropout(group):
+        return torch.mm(x_TI, _stacked_a(group, x_TI.dtype).t())
+    parts = []
+    for g, layer in enumerate(group):
+        if layer.a is not None:
+            parts.append(torch.mm(_dropped(x_TI, layer, seed + g), layer.a.to(x_TI.dtype).t()))
+    return torch.cat(parts, dim=1)
+
+
+def _down_gradients(
+    dlow_TR: torch.Tensor, x_TI: torch.Tensor, group: Sequence[Linear], seed: int
+) -> list[torch.Tensor | None]:
+    da: list[torch.Tensor | None] = [None] * len(group)
+    if not _dropout(group):
+        # One product over the whole input for all adapters of the group.
+        stacked_RI = torch.mm(dlow_TR.t(), x_TI)
+        for g, rows, a in _slices(stacked_RI.t(), group):
+            da[g] = rows.t().to(a.dtype)
+        return da
+    for g, dlow, a in _slices(dlow_TR, group):
+        da[g] = torch.mm(dlow.t(), _dropped(x_TI, group[g], seed + g)).to(a.dtype)
+    return da
+
+
+def _slices(dlow_TR: torch.Tensor, group: Sequence[Linear]) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    found = []
+    offset = 0
+    for g, layer in enumerate(group):
+        if layer.a is not None:
+            rank = layer.a.shape[0]
+            found.append((g, dlow_TR[:, offset : offset + rank], layer.a))
+            offset += rank
+    return found
+
+
+def _stacked_a(group: Sequence[Linear], dtype: torch.dtype) -> torch.Tensor:
+    matrices = [layer.a for layer in group if layer.a is not None]
+    return (matrices[0] if len(matrices) == 1 else torch.cat(matrices)).to(dtype)
+
+
+def _dropout(group: Sequence[Linear]) -> bool:
+    return any(layer.dropout > 0 and layer.a is not None for layer in group)
+
+
+def _dropped(x_TI: torch.Tensor, layer: Linear, seed: int) -> torch.Tensor:
+    return x_TI * dropout_mask(x_TI, layer.dropout, seed) if layer.dropout > 0 else x_TI

@@ -1,0 +1,1 @@
+"""RMSNorm, alone and after a residual addition, with its input gradient."""

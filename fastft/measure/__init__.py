@@ -1,0 +1,1 @@
+"""Measuring: step times, peak memory, device telemetry."""

@@ -1,0 +1,1 @@
+"""Model families (`spec`), sizes without weights (`shapes`), and loading (`loading`)."""

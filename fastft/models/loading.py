@@ -1,0 +1,185 @@
+"""From a model's name to a Hugging Face model: a local folder, a hub name, a shipped shape, or `tiny`.
+
+Nothing is downloaded unless `offline=False`, and no code from a model's repository runs unless
+`trust_remote_code=True`.
+"""
+
+import logging
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fastft.errors import ConfigError, ModelError, unknown_choice
+from fastft.hardware import Device, resolve_dtype
+from fastft.models.shapes import SHAPES, SUPPORTED_FAMILIES, ModelShape, shape_of
+
+log = logging.getLogger("fastft")
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """Where a model comes from, and its shape."""
+
+    name: str
+    kind: Literal["folder", "hub", "shape"]
+    source: str
+    """The folder, the hub name, or the shape's name."""
+    shape: ModelShape | None
+    """None for a family without a layer specification: backend peft trains it, nothing else does."""
+    config: Any
+    """The Hugging Face configuration."""
+
+
+def resolve_model(name: str, *, offline: bool = True, trust_remote_code: bool = False) -> ResolvedModel:
+    """Find `name`: `tiny`, an existing folder, a shipped shape, else a hub name.
+
+    Raises:
+        ModelError: nothing by that name, or a folder that holds no readable model.
+    """
+    if name == "tiny":
+        return _from_files(name, "folder", str(files("fastft.models") / "tiny"), True, trust_remote_code)
+    if Path(name).is_dir():
+        return _from_files(name, "folder", name, True, trust_remote_code)
+    if name in SHAPES:
+        return ResolvedModel(name, "shape", name, SHAPES[name], SHAPES[name].to_config())
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise unknown_choice("model", name, ["tiny", *SHAPES, "a local folder", "a hub name (owner/name)"], ModelError)
+    return _from_files(name, "hub", name, offline, trust_remote_code)
+
+
+def _from_files(name: str, kind: Any, source: str, offline: bool, trust_remote_code: bool) -> ResolvedModel:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=offline, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        fix = (
+            "check the folder's config.json"
+            if kind == "folder"
+            else "give a local folder, or allow the download with --no-offline"
+        )
+        raise ModelError(f"cannot read model {name}", got=_first_line(error), fix=fix) from error
+    shape = shape_of(config) if config.model_type in SUPPORTED_FAMILIES else None
+    return ResolvedModel(name, kind, source, shape, config)
+
+
+def torch_dtype(dtype: str | torch.dtype | None, device: Device) -> torch.dtype:
+    """A dtype's name as torch's; `auto` or None is what `hardware.resolve_dtype` chooses for the device.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = resolve_dtype(dtype or "auto", device)
+    if name not in DTYPES:
+        raise unknown_choice("dtype", name, [*DTYPES, "auto"])
+    return DTYPES[name]
+
+
+def load_model(
+    resolved: ResolvedModel,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    quantization: str = "none",
+    offline: bool = True,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    **more: Any,
+) -> Any:
+    """The base model on `device` with weights in `dtype` and SDPA attention; a shape gets random weights from `seed`.
+
+    `more` goes to Hugging Face's `from_pretrained`.
+
+    Raises:
+        ModelError: the weights cannot be read.
+        ConfigError: a shape together with quantization on a CPU, or an unknown quantization.
+    """
+    import transformers
+
+    if resolved.kind == "shape":
+        return _random_model(resolved, dtype, device, quantization, seed)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": {"": device},
+        "attn_implementation": "sdpa",
+        "local_files_only": offline or resolved.kind == "folder",
+        "trust_remote_code": trust_remote_code,
+        **more,
+    }
+    if quantization != "none":
+        options["quantization_config"] = quantization_config(quantization, dtype)
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(resolved.source, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot load model {resolved.name}", got=_first_line(error), fix="check that its weights are complete"
+        ) from error
+
+
+def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+    """bitsandbytes' configuration for `nf4`, `fp4` (double quantization) or `int8`.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantization not in ("nf4", "fp4"):
+        raise unknown_choice("quantization", quantization, ["none", "nf4", "fp4", "int8"])
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _random_model(resolved: ResolvedModel, dtype: torch.dtype, device: str, quantization: str, seed: int) -> Any:
+    import transformers
+
+    if quantization != "none":
+        raise ConfigError(
+            "a shipped shape cannot be quantized yet", got=f"{resolved.name} with {quantization}",
+            fix="give a model folder, or leave quantization out",
+        )  # fmt: skip
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(
+            resolved.config, dtype=dtype, attn_implementation="sdpa"
+        ).to(device)
+
+
+def load_tokenizer(resolved: ResolvedModel, *, offline: bool = True, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer, or None for a shape.
+
+    Raises:
+        ModelError: the folder has none.
+    """
+    if resolved.kind == "shape":
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            resolved.source,
+            local_files_only=offline or resolved.kind == "folder",
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"cannot load the tokenizer of {resolved.name}", got=_first_line(error),
+            fix="put tokenizer.json and tokenizer_config.json beside the weights",
+        ) from error  # fmt: skip
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

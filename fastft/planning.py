@@ -1,0 +1,360 @@
+"""From a run to what it does: key, cached plan or default, and one line that says which.
+
+Without a plan the default is chosen by the rules below; they are safe, not fast.  Under a memory cap the
+default comes from the analytic memory model, so a cap is useful before anything was tuned.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shlex
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fastft.config import LoraConfig, RunConfig
+from fastft.errors import BackendError, ConfigError, ModelError, OutputError, PlanError, unknown_choice
+from fastft.files import canonical_json, write_atomically
+from fastft.hardware import Device, kernels_sha256, resolve_dtype, soft_facts, software_versions
+from fastft.memory_model import best_placement_under, estimate_peak_bytes, memory_terms, recompute_flops, step_flops
+from fastft.models.shapes import SHAPES, SUPPORTED_FAMILIES, ModelShape
+from fastft.plan import Choices, Plan, PlanKey
+from fastft.plan_store import PLAN_BACKENDS, PlanStore, cache_folder, read_foreign_plan
+
+KEY_VERSIONS = ("torch", "triton", "cuda", "bitsandbytes")
+DEFAULT_MICRO_BATCH = {"cuda": 4, "cpu": 16}
+"""The default micro-batch is the largest divisor of the global batch up to this."""
+_HALF_SPEED_TOKENS = 256
+"""Assumed micro-batch at which a GPU runs at half its speed; only ranks untuned defaults under a cap."""
+_SMALL_LOSS_CHUNK = 512
+"""Rows of logits at a time where the default's would not fit: a vocabulary of 128k takes 0.4 GiB then, not 1.5."""
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What a run does, and why."""
+
+    plan: Plan | None
+    """None where the default is used."""
+    choices: Choices
+    message: str
+    """One line for people."""
+    warnings: tuple[str, ...] = ()
+
+
+def model_shape(config: RunConfig, cache: Path | None = None) -> ModelShape:
+    """The shape of `config.model`, without loading weights, and where possible without importing torch.
+
+    Shipped shapes are a table.  For a local folder the shape is remembered in the cache folder under a hash of
+    its `config.json`, because reading one through Hugging Face takes seconds of imports.
+
+    Args:
+        cache: the cache folder, default `plan_store.cache_folder()`.
+
+    Raises:
+        ModelError: the model is not found, or its family has no layer specification and hence no plans.
+    """
+    if config.model in SHAPES and not Path(config.model).is_dir():
+        return SHAPES[config.model]
+    folder = Path(str(files("fastft.models") / "tiny")) if config.model == "tiny" else Path(config.model)
+    memo: Path | None = None
+    try:
+        content = (folder / "config.json").read_bytes()
+        version = software_versions()["transformers"].encode()
+        digest = hashlib.sha256(version + b"\0" + content).hexdigest()
+        memo = (cache or cache_folder()) / "shapes" / f"{digest[:32]}.json"
+        return ModelShape(**json.loads(memo.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        pass  # no local config.json, or nothing remembered yet, or a file that is no shape: resolve it
+    from fastft.models.loading import resolve_model
+
+    resolved = resolve_model(config.model, offline=config.offline, trust_remote_code=config.trust_remote_code)
+    if resolved.shape is None:
+        raise ModelError(
+            "plans are for supported model types only", got=getattr(resolved.config, "model_type", config.model),
+            allowed=SUPPORTED_FAMILIES, fix="train it with --backend peft --plan none",
+        )  # fmt: skip
+    if memo is not None:
+        with suppress(OutputError):
+            write_atomically(memo, canonical_json(resolved.shape.as_dict()) + "\n")
+    return resolved.shape
+
+
+def plan_key(config: RunConfig, shape: ModelShape, device: Device) -> PlanKey:
+    """For what a plan of this run holds.
+
+    Two roundings make the key say what matters: memory is in whole GiB, because its last megabytes change with
+    the driver or the kernel; and a CPU's cores stand where a GPU's multiprocessors do.
+    """
+    versions = software_versions()
+    return PlanKey(
+        device=device.name,
+        compute_capability=device.compute_capability,
+        multiprocessors=device.multiprocessors if device.kind == "cuda" else device.cores,
+        device_memory_bytes=max(1, round(device.memory_bytes / 2**30)) * 2**30,
+        versions={name: versions[name] for name in KEY_VERSIONS},
+        kernels_sha256=kernels_sha256(),
+        model_shape=shape.as_dict(),
+        lora_rank=config.lora.rank,
+        lora_targets=sorted(config.lora.targets),
+        lora_dropout=config.lora.dropout,
+        quantization=config.quantization,
+        dtype=resolve_dtype(config.dtype, device),
+        sequence_tokens=config.sequence_tokens,
+        packing=config.packing,
+        global_batch=config.batch_size,
+        optimizer=config.optimizer,
+        world_size=_world_size(),
+        memory_cap_bytes=config.memory_cap_bytes,
+    )
+
+
+def resolve_backend(config: RunConfig, device: Device) -> str:
+    """The backend of a run without a plan: `auto` is triton on a GPU where Triton is installed, else eager.
+
+    Raises:
+        BackendError: triton was asked for and cannot run here.
+    """
+    if config.backend != "auto":
+        _require_backend(config.backend, device)
+        return config.backend
+    return "triton" if device.kind == "cuda" and _triton_installed() else "eager"
+
+
+def default_choices(config: RunConfig, shape: ModelShape, backend: str, device: Device | None = None) -> Choices:
+    """What a run does without a plan and without a cap.
+
+    Args:
+        backend: a resolved one, not `auto`.
+        device: None stands for a GPU if `backend` is triton or `config.device` is cuda, else for a CPU.
+    """
+    on_gpu = device.kind == "cuda" if device is not None else backend == "triton" or config.device == "cuda"
+    limit = DEFAULT_MICRO_BATCH["cuda" if on_gpu else "cpu"]
+    micro_batch = config.micro_batch or max(d for d in divisors(config.batch_size) if d <= limit)
+    return Choices(
+        backend=backend,
+        micro_batch=micro_batch,
+        accumulation=config.batch_size // micro_batch,
+        placement=[config.placement or "light"] * shape.layers,
+    )
+
+
+def resolve(config: RunConfig, shape: ModelShape, device: Device, store: PlanStore) -> Resolution:
+    """Follow `config.plan`: the cached plan, a plan file, or the default; then what the run pins itself.
+
+    Raises:
+        PlanError: a plan file that is invalid or for another run (the message names the fields), or a cap that
+            the model alone exceeds.
+        BackendError: a backend was asked for that cannot run here.
+    """
+    if config.backend != "auto":
+        _require_backend(config.backend, device)
+    if config.plan == "none":
+        return without_plan(config, shape, device, "no plan, as asked")
+    key = plan_key(config, shape, device)
+    if config.plan != "auto":
+        plan = read_foreign_plan(Path(config.plan))
+        if plan.key != key:
+            raise PlanError(
+                f"plan {plan.id} is for another run",
+                got="; ".join(describe_difference(plan.key, key)),
+                fix=f"tune this run: {tune_command(config)}",
+            )
+        _require_backend(plan.choices.backend, device)
+        return _follow(plan, config, device)
+    cached = store.load(key)
+    if cached is None:
+        return without_plan(
+            config, shape, device, "no plan for this run yet", hint=f"find a faster one once: {tune_command(config)}"
+        )
+    try:
+        _require_backend(cached.choices.backend, device)
+    except (BackendError, ConfigError) as error:
+        return without_plan(config, shape, device, f"plan {cached.id} cannot run here ({error})")
+    return _follow(cached, config, device)
+
+
+def without_plan(config: RunConfig, shape: ModelShape, device: Device, why: str, *, hint: str = "") -> Resolution:
+    """The default, or under a memory cap what the memory model thinks is fastest below it.
+
+    Raises:
+        PlanError: the model, its adapters and optimizer alone need more than the cap.
+    """
+    backend = resolve_backend(config, device)
+    choices = default_choices(config, shape, backend, device)
+    cap = config.memory_cap_bytes
+    warnings: tuple[str, ...] = ()
+    if cap is not None:
+        fitting = _fastest_under(cap, config, shape, device, choices)
+        if fitting is None:
+            smallest = _smallest(config, shape, choices)
+            need = memory_terms(shape, smallest, config, device).model
+            if need > cap:
+                raise PlanError(
+                    "memory_cap is below what the model itself needs", got=gib(cap),
+                    allowed=f"about {gib(need)} and more",
+                    fix="raise the cap, or quantize the base weights (quantization = \"nf4\")",
+                )  # fmt: skip
+            peak = estimate_peak_bytes(shape, smallest, config, device=device)
+            warnings = (f"the smallest choices are estimated at {gib(peak)}, above the cap of {gib(cap)}",)
+        choices = fitting or _smallest(config, shape, choices)
+        why += f"; estimated under {gib(cap)}"
+    message = f"{why}: default {choices.summary()}" + (f"; {hint}" if hint else "")
+    return Resolution(plan=None, choices=choices, message=message, warnings=warnings)
+
+
+def describe_difference(theirs: PlanKey, mine: PlanKey) -> list[str]:
+    """One phrase a differing field, nested ones by their path: `versions.torch: plan 2.12.0, this run 2.13.0`."""
+    phrases = []
+    for name, (old, new) in theirs.difference(mine).items():
+        if isinstance(old, dict) and isinstance(new, dict):
+            inner = [field for field in sorted({*old, *new}) if old.get(field) != new.get(field)]
+            phrases += [f"{name}.{field}: plan {old.get(field)}, this run {new.get(field)}" for field in inner]
+        elif name == "kernels_sha256":
+            phrases.append(f"{name}: plan {old[:12]}, this run {new[:12]}")
+        else:
+            phrases.append(f"{name}: plan {old}, this run {new}")
+    return phrases
+
+
+def soft_difference(plan: Plan) -> list[str]:
+    """What differs from when the plan was tuned but does not unmake it: driver version, power limit."""
+    if plan.key.compute_capability is None or not plan.evidence.soft:
+        return []
+    now = soft_facts()
+    return [
+        f"{name} was {plan.evidence.soft[name]} when the plan was tuned and is {now[name]} now"
+        for name in sorted(plan.evidence.soft)
+        if name in now and now[name] != plan.evidence.soft[name]
+    ]
+
+
+def tune_command(config: RunConfig) -> str:
+    """The command that tunes exactly this run: `fastft tune` with every flag that is part of the key."""
+    words = ["fastft", "tune", "--model", config.model]
+    names = ("sequence_tokens", "batch_size", "optimizer", "packing", "quantization", "dtype", "device", "memory_cap")
+    pairs: list[tuple[str, Any, Any]] = [
+        (name, getattr(config, name), RunConfig.model_fields[name].default) for name in names
+    ]
+    pairs += [
+        (name, getattr(config.lora, name), LoraConfig.model_fields[name].default)
+        for name in ("rank", "dropout", "targets")
+    ]
+    for name, value, default in pairs:
+        if value == default:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag)
+        else:
+            words += [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
+
+
+def age(created_at: str, now: datetime | None = None) -> str:
+    """How long ago an ISO 8601 time was, in words: `3 days ago`; `at an unknown time` if it cannot be read."""
+    try:
+        created = datetime.fromisoformat(created_at)
+    except ValueError:
+        return "at an unknown time"
+    created = created if created.tzinfo else created.replace(tzinfo=UTC)
+    seconds = ((now or datetime.now(UTC)) - created).total_seconds()
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        count = int(seconds // length)
+        if count >= 1:
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a positive number, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def gib(count: float) -> str:
+    """A number of bytes for people: `7.80 GiB`."""
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _follow(plan: Plan, config: RunConfig, device: Device) -> Resolution:
+    choices, pinned = _pinned(plan.choices, config)
+    message = f"plan {plan.id}: {choices.summary()}; {plan.origin} {age(plan.evidence.created_at)}"
+    best, default = plan.evidence.best_tokens_per_second, plan.evidence.default_tokens_per_second
+    if best is not None:
+        message += f" at {best:,.0f} tokens/s" + (f" (default {default:,.0f})" if default is not None else "")
+    if pinned:
+        message += f"; this run itself sets {', '.join(pinned)}"
+    return Resolution(plan=plan, choices=choices, message=message, warnings=tuple(soft_difference(plan)))
+
+
+def _pinned(choices: Choices, config: RunConfig) -> tuple[Choices, list[str]]:
+    """`choices` with what the run gives explicitly, and what that changed."""
+    wanted: dict[str, Any] = {}
+    if config.backend != "auto":
+        wanted["backend"] = config.backend
+    if config.micro_batch is not None:
+        wanted |= {"micro_batch": config.micro_batch, "accumulation": config.batch_size // config.micro_batch}
+    if config.placement is not None:
+        wanted["placement"] = [config.placement] * len(choices.placement)
+    changed = [name for name, value in wanted.items() if getattr(choices, name) != value and name != "accumulation"]
+    shown = [f"{name} = {getattr(config, name)}" for name in changed]
+    return choices.model_copy(update=wanted), shown
+
+
+def _fastest_under(cap: int, config: RunConfig, shape: ModelShape, device: Device, default: Choices) -> Choices | None:
+    """Over micro-batches up to the default's: the least recomputation that fits, weighed against small batches."""
+    best: tuple[float, Choices] | None = None
+    sizes = [d for d in divisors(config.batch_size) if d <= default.micro_batch]
+    for size in [config.micro_batch] if config.micro_batch else reversed(sizes):
+        for chunk in (default.loss_chunk_tokens, _SMALL_LOSS_CHUNK):
+            choices = _with_micro_batch(default, config, size).model_copy(update={"loss_chunk_tokens": chunk})
+            if config.placement is None:
+                placement = best_placement_under(cap, shape, choices, config, device=device)
+                if placement is None:
+                    continue
+                choices = choices.model_copy(update={"placement": placement})
+            elif estimate_peak_bytes(shape, choices, config, device=device) > cap:
+                continue
+            extra = sum(recompute_flops(shape, p, config.sequence_tokens, choices.backend) for p in choices.placement)
+            work = 1 + extra / (shape.layers * step_flops(shape, config.sequence_tokens))
+            time = work * (1 + _HALF_SPEED_TOKENS / (size * config.sequence_tokens))
+            if best is None or time < best[0]:
+                best = time, choices
+    return None if best is None else best[1]
+
+
+def _smallest(config: RunConfig, shape: ModelShape, default: Choices) -> Choices:
+    return _with_micro_batch(default, config, config.micro_batch or 1).model_copy(
+        update={"placement": [config.placement or "full"] * shape.layers, "loss_chunk_tokens": _SMALL_LOSS_CHUNK}
+    )
+
+
+def _with_micro_batch(choices: Choices, config: RunConfig, size: int) -> Choices:
+    return choices.model_copy(update={"micro_batch": size, "accumulation": config.batch_size // size})
+
+
+def _require_backend(backend: str, device: Device) -> None:
+    if backend not in PLAN_BACKENDS:
+        raise unknown_choice("backend", backend, PLAN_BACKENDS)
+    if backend != "triton":
+        return
+    if device.kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BackendError(
+            "backend triton needs a CUDA GPU", got=f"device {device.name}", allowed="eager, peft or auto here",
+            fix="use --backend eager",
+        )  # fmt: skip
+    if not _triton_installed():
+        raise BackendError("backend triton needs the package triton", got="none", fix="pip install triton, on Linux")
+
+
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _world_size() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if text.isdigit() and int(text) > 0 else 1

@@ -1,0 +1,102 @@
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autotune.solver import PolicyCost, solve_equal, solve_unequal
+from fastft.plan import POLICIES, Policy
+
+Costs = Mapping[Policy, PolicyCost]
+
+costs_of_a_layer = st.dictionaries(
+    st.sampled_from(POLICIES),
+    st.builds(PolicyCost, price_ms=st.integers(0, 40).map(lambda n: n / 8), saved_bytes=st.integers(0, 30)),
+    min_size=1,
+)
+
+
+def price(placement: Sequence[Policy], layers: Sequence[Costs]) -> float:
+    return sum(layer[policy].price_ms for policy, layer in zip(placement, layers, strict=True))
+
+
+def used(placement: Sequence[Policy], layers: Sequence[Costs]) -> int:
+    return sum(layer[policy].saved_bytes for policy, layer in zip(placement, layers, strict=True))
+
+
+def brute_force(layers: Sequence[Costs], budget: int) -> float | None:
+    prices = [price(p, layers) for p in itertools.product(*layers) if used(p, layers) <= budget]
+    return min(prices, default=None)
+
+
+@settings(max_examples=400, deadline=None)
+@given(costs_of_a_layer, st.integers(1, 6), st.integers(-5, 190))
+def test_equal_layers_are_solved_exactly(costs: Costs, count: int, budget: int) -> None:
+    layers = [costs] * count
+    best = brute_force(layers, budget)
+    placement = solve_equal(costs, count, budget)
+    if best is None:
+        assert placement is None
+        return
+    assert placement is not None
+    assert len(placement) == count
+    assert used(placement, layers) <= budget
+    assert math.isclose(price(placement, layers), best)
+    order = [POLICIES.index(policy) for policy in placement]
+    assert order == sorted(order, reverse=True), "what saves most comes last"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(costs_of_a_layer, min_size=1, max_size=5), st.integers(-5, 120))
+def test_unequal_layers_are_solved_exactly_where_bytes_are_few(layers: list[Costs], budget: int) -> None:
+    best = brute_force(layers, budget)
+    placement = solve_unequal(layers, budget)
+    if best is None:
+        assert placement is None
+        return
+    assert placement is not None
+    assert used(placement, layers) <= budget
+    assert math.isclose(price(placement, layers), best)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(costs_of_a_layer, min_size=1, max_size=5), st.integers(0, 120), st.integers(1, 40))
+def test_coarse_buckets_never_exceed_the_budget_and_lose_at_most_one_each(
+    layers: list[Costs], budget: int, buckets: int
+) -> None:
+    placement = solve_unequal(layers, budget, buckets=buckets)
+    quantum = max(1, -(-budget // buckets))
+    reduced = brute_force(layers, budget - quantum * (len(layers) + 1))
+    if placement is None:
+        assert reduced is None
+        return
+    assert used(placement, layers) <= budget
+    assert reduced is None or price(placement, layers) <= reduced + 1e-9
+
+
+def test_both_solvers_agree_on_equal_layers() -> None:
+    costs: Costs = {
+        "keep": PolicyCost(0.0, 11), "light": PolicyCost(0.3, 8), "mlp": PolicyCost(1.9, 4), "full": PolicyCost(3.1, 1),
+    }  # fmt: skip
+    for budget in range(0, 150):
+        one, two = solve_equal(costs, 12, budget), solve_unequal([costs] * 12, budget)
+        assert (one is None) == (two is None)
+        if one is not None and two is not None:
+            assert math.isclose(price(one, [costs] * 12), price(two, [costs] * 12))
+
+
+def test_a_large_model_is_solved_at_once() -> None:
+    costs: Costs = {
+        "keep": PolicyCost(0.0, 900 * 2**20), "light": PolicyCost(0.2, 640 * 2**20),
+        "mlp": PolicyCost(2.0, 300 * 2**20), "full": PolicyCost(3.0, 64 * 2**20),
+    }  # fmt: skip
+    placement = solve_equal(costs, 126, 30 * 2**30)
+    assert placement is not None
+    assert used(placement, [costs] * 126) <= 30 * 2**30
+
+
+def test_nothing_to_place() -> None:
+    assert solve_equal({}, 3, 100) is None
+    assert solve_equal({"light": PolicyCost(1.0, 1)}, 0, 100) is None
+    assert solve_unequal([], 100) is None

@@ -1,0 +1,154 @@
+# N labelled rows, V vocabulary
+
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.testing import assert_close
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from fastft.kernels.cross_entropy import reference, triton
+
+OPERATION = "cross_entropy"
+SCALE = 1 / 37
+
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
+
+
+def make(N: int, V: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    return (4 * torch.randn(N, V, device=device)).to(dtype), torch.randint(0, V, (N,), device=device)
+
+
+def differentiate(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and scaled gradient as Hugging Face computes them; in fp64 without the upcast to fp32."""
+    logits_NV = logits_NV.detach().requires_grad_()
+    wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    loss_N = functional.cross_entropy(wide_NV, targets_N, reduction="none")
+    return loss_N.detach(), torch.autograd.grad(loss_N.sum() * SCALE, logits_NV)[0]
+
+
+@pytest.mark.parametrize(("N", "V"), [(1, 2), (63, 100), (251, 63), (3, 20011), (2, 8192)])
+def test_loss_and_gradient_against_fp64(N, V, dtype, device, kernels, assert_accurate):
+    logits_NV, targets_N = make(N, V, dtype, device)
+    truth_loss, truth_gradient = differentiate(logits_NV.double(), targets_N)
+    eager_loss, eager_gradient = differentiate(logits_NV, targets_N)
+    before_NV = logits_NV.clone()
+
+    assert_accurate("loss alone", kernels.cross_entropy_(logits_NV, targets_N), eager_loss, truth_loss)
+    assert torch.equal(logits_NV, before_NV), "without a scale nothing is overwritten"
+
+    assert_accurate("loss", kernels.cross_entropy_(logits_NV, targets_N, SCALE), eager_loss, truth_loss)
+    assert_accurate("gradient", logits_NV, eager_gradient, truth_gradient)
+
+
+def test_reference_is_hugging_faces_loss(dtype, device):
+    logits_NV, targets_N = make(40, 500, dtype, device)
+    leaf_BNV = logits_NV.unsqueeze(0).clone().requires_grad_()
+    expected = ForCausalLMLoss(
+        leaf_BNV, None, 500, num_items_in_batch=torch.tensor(37, device=device), shift_labels=targets_N.unsqueeze(0)
+    )
+    expected.backward()
+    loss_N = reference.cross_entropy_(logits_NV, targets_N, SCALE)
+    assert_close(loss_N.sum() * SCALE, expected.detach(), atol=0, rtol=1e-6)
+    # A rounding boundary moves the last place, and a GPU's exp differs from its log-softmax in the last two bits.
+    assert_close(logits_NV, leaf_BNV.grad[0], atol=1e-8, rtol=4 * torch.finfo(dtype).eps)
+
+
+def test_blocks_of_rows_change_nothing(device, monkeypatch):
+    logits_NV, targets_N = make(11, 50, torch.float32, device)
+    whole_NV, blocks_NV = logits_NV.clone(), logits_NV.clone()
+    loss_N = reference.cross_entropy_(whole_NV, targets_N, SCALE)
+    monkeypatch.setitem(reference._BLOCK_ELEMENTS, device.type, 150)
+    assert_close(reference.cross_entropy_(blocks_NV, targets_N, SCALE), loss_N)
+    assert_close(blocks_NV, whole_NV, atol=1e-8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_scale_as_a_tensor(shape, scale_dtype, device, kernels: ModuleType):
+    logits_NV, targets_N = make(5, 100, torch.float32, device)
+    by_number_NV, by_tensor_NV = logits_NV.clone(), logits_NV.clone()
+    kernels.cross_entropy_(by_number_NV, targets_N, 0.25)
+    kernels.cross_entropy_(by_tensor_NV, targets_N, torch.full(shape, 0.25, dtype=scale_dtype, device=device))
+    assert torch.equal(by_number_NV, by_tensor_NV)
+
+
+def test_zero_scale_gives_zero_gradient(device, kernels: ModuleType):
+    logits_NV, targets_N = make(3, 10, torch.float32, device)
+    kernels.cross_entropy_(logits_NV, targets_N, 0.0)
+    assert torch.equal(logits_NV, torch.zeros_like(logits_NV))
+
+
+def test_slice_of_a_wider_buffer_and_strided_targets(device, kernels: ModuleType):
+    wide_NW, targets_N = make(6, 130, torch.float32, device)
+    targets_N = targets_N.remainder(100)
+    before_NW = wide_NW.clone()
+    expected_NV = wide_NW[:, 20:120].contiguous()
+    expected_loss_N = kernels.cross_entropy_(expected_NV, targets_N, SCALE)
+    loss_N = kernels.cross_entropy_(wide_NW[:, 20:120], targets_N.repeat_interleave(2)[::2], SCALE)
+    assert_close(loss_N, expected_loss_N)
+    assert_close(wide_NW[:, 20:120], expected_NV, atol=1e-8, rtol=1e-5)
+    assert torch.equal(wide_NW[:, :20], before_NW[:, :20])
+    assert torch.equal(wide_NW[:, 120:], before_NW[:, 120:])
+
+
+def test_transposed_logits(device, kernels: ModuleType):
+    logits_NV, targets_N = make(6, 9000, torch.float32, device)
+    transposed_NV = logits_NV.t().contiguous().t()
+    loss_N = kernels.cross_entropy_(transposed_NV, targets_N, SCALE)
+    assert_close(loss_N, kernels.cross_entropy_(logits_NV, targets_N, SCALE), atol=1e-6, rtol=1e-6)
+    assert_close(transposed_NV, logits_NV, atol=1e-8, rtol=1e-5)
+
+
+def test_masked_vocabulary_and_large_logits(device, kernels: ModuleType):
+    """−inf in all of the first block, and logits whose exp overflows."""
+    logits_NV = torch.full((2, 9000), float("-inf"), device=device)
+    logits_NV[:, -2:] = torch.tensor([500.0, 501.0], device=device)
+    targets_N = torch.tensor([8999, 8998], device=device)
+    truth_loss, truth_gradient = differentiate(logits_NV[:, -2:].double(), targets_N - 8998)
+    loss_N = kernels.cross_entropy_(logits_NV, targets_N, SCALE)
+    assert_close(loss_N, truth_loss.float(), atol=0, rtol=1e-6)
+    assert_close(logits_NV[:, -2:], truth_gradient.float(), atol=0, rtol=1e-5)
+    assert torch.equal(logits_NV[:, :-2], torch.zeros_like(logits_NV[:, :-2]))
+
+
+def test_no_rows(device, kernels: ModuleType):
+    loss_N = kernels.cross_entropy_(*make(0, 10, torch.bfloat16, device), SCALE)
+    assert loss_N.shape == (0,)
+    assert loss_N.dtype == torch.float32
+
+
+def test_one_word_vocabulary(device, kernels: ModuleType):
+    logits_NV, targets_N = make(3, 1, torch.float32, device)
+    assert torch.equal(kernels.cross_entropy_(logits_NV, targets_N, 1.0), torch.zeros(3, device=device))
+    assert torch.equal(logits_NV, torch.zeros_like(logits_NV))
+
+
+@pytest.mark.parametrize("target", [-100, 10])
+def test_target_outside_the_vocabulary_is_loud(target, device):
+    logits_NV, targets_N = make(3, 10, torch.float32, device)
+    targets_N[1] = target
+    assert triton.cross_entropy_(logits_NV, targets_N).isnan().tolist() == [False, True, False]
+
+
+def test_rows_past_two_to_the_31_elements(device, kernels: ModuleType, far_rows):
+    logits_NV = far_rows(3, 50, dtype=torch.float16)
+    near_NV = logits_NV.contiguous()
+    targets_N = torch.tensor([0, 49, 7], device=device)
+    loss_N = kernels.cross_entropy_(near_NV, targets_N, SCALE)
+    assert_close(kernels.cross_entropy_(logits_NV, targets_N, SCALE), loss_N)
+    assert_close(logits_NV, near_NV)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tensor_scale", [False, True])
+def test_the_host_never_waits(tensor_scale, device, kernels: ModuleType):
+    logits_NV, targets_N = make(64, 1000, torch.bfloat16, device)
+    scale = torch.full((), SCALE, device=device) if tensor_scale else SCALE
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernels.cross_entropy_(logits_NV, targets_N, scale)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

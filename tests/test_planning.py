@@ -1,0 +1,329 @@
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastft import planning
+from fastft.config import LoraConfig, RunConfig
+from fastft.errors import BackendError, ModelError, PlanError
+from fastft.hardware import Device
+from fastft.memory_model import estimate_peak_bytes
+from fastft.models.shapes import SHAPES, ModelShape
+from fastft.plan import Choices, Evidence, Plan
+from fastft.plan_store import PlanStore
+from fastft.planning import (
+    age,
+    default_choices,
+    model_shape,
+    plan_key,
+    resolve,
+    resolve_backend,
+    tune_command,
+)
+
+CPU = Device("cpu", "Test CPU", None, None, 2**35 + 12345, 2)
+GPU = Device("cuda", "Test GPU", "9.0", 132, 140 * 2**30, 8, "0000:01")
+SHAPE = SHAPES["toy-llama"]
+CONFIG = RunConfig(model="toy-llama", sequence_tokens=128)
+
+
+@pytest.fixture(autouse=True)
+def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> PlanStore:
+    return PlanStore(tmp_path)
+
+
+def tuned(config: RunConfig = CONFIG, device: Device = CPU, **update: Any) -> Plan:
+    choices = Choices(backend="eager", micro_batch=8, accumulation=2, placement=["full", "light", "keep"])
+    evidence = Evidence(
+        trials=[],
+        best_tokens_per_second=12345.6,
+        default_tokens_per_second=10000.0,
+        created_at=(datetime.now(UTC) - timedelta(days=3, hours=1)).isoformat(),
+    )
+    values = {"key": plan_key(config, SHAPE, device), "choices": choices, "evidence": evidence}
+    return Plan(**{**values, **update})
+
+
+# The key
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        {"lora": LoraConfig(rank=8)}, {"lora": LoraConfig(dropout=0.1)}, {"lora": LoraConfig(targets=("q_proj",))},
+        {"sequence_tokens": 64}, {"batch_size": 8}, {"packing": True}, {"quantization": "nf4"}, {"dtype": "bf16"},
+        {"optimizer": "adamw_8bit"}, {"memory_cap": "1GiB"},
+    ],
+)  # fmt: skip
+def test_what_changes_the_best_plan_changes_the_key(update: dict[str, Any]) -> None:
+    changed = plan_key(CONFIG.model_copy(update=update), SHAPE, CPU)
+    assert len(plan_key(CONFIG, SHAPE, CPU).difference(changed)) == 1
+
+
+@pytest.mark.parametrize(
+    "update",
+    [{"seed": 1}, {"learning_rate": 1.0}, {"steps": 9}, {"model": "x"}, {"data": "x"}, {"output": "x"},
+     {"backend": "peft"}, {"micro_batch": 1}, {"placement": "full"}, {"plan": "none"}],
+)  # fmt: skip
+def test_what_does_not_keeps_it(update: dict[str, Any]) -> None:
+    assert plan_key(CONFIG.model_copy(update=update), SHAPE, CPU) == plan_key(CONFIG, SHAPE, CPU)
+
+
+def test_the_key_of_a_device() -> None:
+    cpu, gpu = plan_key(CONFIG, SHAPE, CPU), plan_key(CONFIG, SHAPE, GPU)
+    assert (cpu.multiprocessors, gpu.multiprocessors) == (2, 132)
+    assert (cpu.dtype, gpu.dtype) == ("fp32", "bf16")
+    assert cpu.device_memory_bytes == 2**35  # another kernel takes other kilobytes: the same machine
+    assert set(cpu.versions) == {"torch", "triton", "cuda", "bitsandbytes"}
+
+
+def test_the_order_of_targets_does_not_matter() -> None:
+    one, two = (
+        CONFIG.model_copy(update={"lora": LoraConfig(targets=t)}) for t in (("q_proj", "v_proj"), ("v_proj", "q_proj"))
+    )
+    assert plan_key(one, SHAPE, CPU) == plan_key(two, SHAPE, CPU)
+
+
+def test_the_world_size_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert plan_key(CONFIG, SHAPE, CPU).world_size == 2
+
+
+# Backend and default
+
+
+def test_auto_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_backend(CONFIG, CPU) == "eager"
+    monkeypatch.setattr(planning, "_triton_installed", lambda: True)
+    assert resolve_backend(CONFIG, GPU) == "triton"
+    monkeypatch.setattr(planning, "_triton_installed", lambda: False)
+    assert resolve_backend(CONFIG, GPU) == "eager"
+    with pytest.raises(BackendError, match="needs the package triton"):
+        resolve_backend(CONFIG.model_copy(update={"backend": "triton"}), GPU)
+
+
+def test_explicit_triton_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIG.model_copy(update={"backend": "triton"})
+    monkeypatch.setattr(planning, "_triton_installed", lambda: True)
+    with pytest.raises(BackendError, match="needs a CUDA GPU"):
+        resolve_backend(config, CPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_backend(config, CPU) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "on_cpu", "on_gpu"), [(16, 16, 4), (32, 16, 4), (7, 7, 1), (6, 6, 3), (1, 1, 1), (34, 2, 2)]
+)
+def test_the_default_micro_batch_is_a_divisor(batch_size: int, on_cpu: int, on_gpu: int) -> None:
+    config = CONFIG.model_copy(update={"batch_size": batch_size})
+    for device, expected in ((CPU, on_cpu), (GPU, on_gpu)):
+        choices = default_choices(config, SHAPE, "eager", device)
+        assert choices.micro_batch == expected
+        assert choices.micro_batch * choices.accumulation == batch_size
+        assert choices.placement == ["light"] * 3
+
+
+def test_the_default_follows_what_the_run_sets() -> None:
+    config = CONFIG.model_copy(update={"micro_batch": 2, "placement": "mlp"})
+    choices = default_choices(config, SHAPE, "peft", CPU)
+    assert (choices.micro_batch, choices.accumulation, choices.placement) == (2, 8, ["mlp"] * 3)
+    assert default_choices(CONFIG, SHAPE, "triton").micro_batch == 4
+
+
+# Resolving
+
+
+def test_without_a_plan_the_line_says_how_to_find_one(store: PlanStore) -> None:
+    found = resolve(CONFIG, SHAPE, CPU, store)
+    assert found.plan is None
+    assert found.choices == default_choices(CONFIG, SHAPE, "eager", CPU)
+    assert "fastft tune --model toy-llama --sequence-tokens 128" in found.message
+    assert "\n" not in found.message
+
+
+def test_a_cached_plan_is_followed_and_described(store: PlanStore) -> None:
+    plan = tuned()
+    store.save(plan)
+    found = resolve(CONFIG, SHAPE, CPU, store)
+    assert found.plan == plan
+    assert found.choices == plan.choices
+    for part in (plan.id, plan.choices.summary(), "3 days ago", "12,346 tokens/s", "default 10,000"):
+        assert part in found.message
+    assert found.warnings == ()
+
+
+def test_plan_none_ignores_the_store(store: PlanStore) -> None:
+    store.save(tuned())
+    found = resolve(CONFIG.model_copy(update={"plan": "none"}), SHAPE, CPU, store)
+    assert found.plan is None
+    assert "as asked" in found.message
+
+
+def test_what_the_run_sets_overrides_the_plan_and_is_said(store: PlanStore) -> None:
+    store.save(tuned())
+    config = CONFIG.model_copy(update={"micro_batch": 4, "placement": "mlp", "backend": "peft"})
+    found = resolve(config, SHAPE, CPU, store)
+    assert found.choices.model_dump() == tuned().choices.model_dump() | {
+        "backend": "peft", "micro_batch": 4, "accumulation": 4, "placement": ["mlp"] * 3,
+    }  # fmt: skip
+    assert "this run itself sets backend = peft, micro_batch = 4, placement = mlp" in found.message
+    same = resolve(CONFIG.model_copy(update={"micro_batch": 8}), SHAPE, CPU, store)
+    assert "itself sets" not in same.message
+
+
+def test_a_plan_file(store: PlanStore, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    store.export(tuned(), file)
+    found = resolve(CONFIG.model_copy(update={"plan": str(file)}), SHAPE, CPU, store)
+    assert found.choices == tuned().choices
+    assert "imported" in found.message
+
+
+def test_a_plan_file_for_another_run_names_the_fields(store: PlanStore, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    key = plan_key(CONFIG, SHAPE, CPU)
+    other = key.model_copy(
+        update={"lora_rank": 8, "versions": {**key.versions, "torch": "1.0"}, "kernels_sha256": "f" * 64}
+    )
+    store.export(tuned(key=other), file)
+    with pytest.raises(PlanError) as error:
+        resolve(CONFIG.model_copy(update={"plan": str(file)}), SHAPE, CPU, store)
+    text = str(error.value)
+    for part in (
+        "lora_rank: plan 8, this run 16",
+        "versions.torch: plan 1.0",
+        "kernels_sha256: plan ffffffffffff,",
+        "fastft tune",
+    ):
+        assert part in text
+    assert "versions.triton" not in text
+
+
+def test_a_missing_plan_file(store: PlanStore) -> None:
+    with pytest.raises(PlanError, match="cannot read the plan"):
+        resolve(CONFIG.model_copy(update={"plan": "absent.json"}), SHAPE, CPU, store)
+
+
+def test_a_cached_plan_that_cannot_run_here_is_not_followed(store: PlanStore) -> None:
+    choices = tuned().choices.model_copy(update={"backend": "triton"})
+    store.save(tuned(choices=choices))
+    found = resolve(CONFIG, SHAPE, CPU, store)
+    assert found.choices.backend == "eager"
+    assert "cannot run here" in found.message
+
+
+def test_soft_facts_warn(store: PlanStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    evidence = Evidence(trials=[], soft={"driver": "570", "power_limit_watts": 700})
+    store.save(tuned(device=GPU, evidence=evidence))
+    monkeypatch.setattr(planning, "soft_facts", lambda: {"driver": "580", "power_limit_watts": 700})
+    found = resolve(CONFIG, SHAPE, GPU, store)
+    assert found.plan is not None
+    assert found.warnings == ("driver was 570 when the plan was tuned and is 580 now",)
+
+
+# Memory caps
+
+
+@pytest.mark.parametrize("cap_gib", [7.8, 10, 20, 40])
+def test_a_cap_without_a_plan_is_kept_by_the_estimate(cap_gib: float, store: PlanStore) -> None:
+    shape = SHAPES["llama-3-8b"]
+    config = RunConfig(
+        model="llama-3-8b", quantization="nf4", optimizer="adamw_8bit", sequence_tokens=2048, memory_cap=f"{cap_gib}GiB"
+    )
+    found = resolve(config, shape, GPU, store)
+    assert found.warnings == ()
+    assert estimate_peak_bytes(shape, found.choices, config, device=GPU) <= cap_gib * 2**30
+    assert "memory-cap" in found.message
+    if cap_gib == 40:
+        assert found.choices == default_choices(config, shape, found.choices.backend, GPU)
+
+
+def test_a_cap_respects_what_the_run_sets(store: PlanStore) -> None:
+    config = RunConfig(model="llama-3-8b", quantization="nf4", sequence_tokens=2048, memory_cap="13GiB", micro_batch=4)
+    found = resolve(config, SHAPES["llama-3-8b"], GPU, store)
+    assert found.choices.micro_batch == 4
+    assert "full" in found.choices.placement
+
+
+def test_a_cap_below_the_model_is_refused(store: PlanStore) -> None:
+    config = RunConfig(model="llama-3-8b", memory_cap="7GiB")
+    with pytest.raises(PlanError, match="below what the model itself needs; got 7.00 GiB"):
+        resolve(config, SHAPES["llama-3-8b"], GPU, store)
+
+
+def test_a_cap_that_only_just_holds_the_model_warns(store: PlanStore) -> None:
+    config = RunConfig(model="llama-3-8b", quantization="nf4", sequence_tokens=4096, memory_cap="6.2GiB")
+    found = resolve(config, SHAPES["llama-3-8b"], GPU, store)
+    assert (found.choices.micro_batch, set(found.choices.placement)) == (1, {"full"})
+    assert "above the cap of 6.20 GiB" in found.warnings[0]
+
+
+# Shapes, commands, words
+
+
+def test_the_shape_of_a_shipped_model_needs_no_file(tmp_path: Path) -> None:
+    assert model_shape(CONFIG, tmp_path) is SHAPE
+    assert list(tmp_path.iterdir()) == []
+
+
+def folder_of(shape: ModelShape, path: Path) -> Path:
+    shape.to_config().save_pretrained(path)
+    return path
+
+
+def test_the_shape_of_a_folder_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from fastft.models import loading
+
+    config = RunConfig(model=str(folder_of(SHAPES["toy-qwen2"], tmp_path / "model")))
+    first = model_shape(config, tmp_path / "cache")
+    assert first == SHAPES["toy-qwen2"]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("resolved again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "resolve_model", refuse)
+        assert model_shape(config, tmp_path / "cache") == first
+    memo = next((tmp_path / "cache" / "shapes").iterdir())
+    for text in ("", "{", "[1]", '{"family": 1}'):
+        memo.write_text(text)
+        assert model_shape(config, tmp_path / "cache") == first
+    settings = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(settings | {"intermediate_size": 256}))
+    assert model_shape(config, tmp_path / "cache").intermediate == 256
+
+
+def test_a_model_without_a_specification_has_no_plans(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.GPT2Config(n_layer=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match="got gpt2"):
+        model_shape(RunConfig(model=str(tmp_path / "model")), tmp_path)
+
+
+def test_the_tune_command_repeats_the_key() -> None:
+    config = RunConfig(
+        model="my model", packing=True, quantization="nf4", memory_cap="7.8 GiB", seed=1,
+        lora=LoraConfig(rank=8, targets=("q_proj", "v_proj")),
+    )  # fmt: skip
+    assert tune_command(RunConfig(model="tiny")) == "fastft tune --model tiny"
+    assert tune_command(config) == (
+        "fastft tune --model 'my model' --packing --quantization nf4 --memory-cap '7.8 GiB' --rank 8 --targets q_proj,v_proj"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(5, "just now"), (-60, "just now"), (61, "1 minute ago"), (7300, "2 hours ago"), (90_000, "1 day ago"), (260_000, "3 days ago")],
+)  # fmt: skip
+def test_age(seconds: int, words: str) -> None:
+    now = datetime(2026, 1, 10, tzinfo=UTC)
+    assert age((now - timedelta(seconds=seconds)).isoformat(), now) == words
+    assert age("yesterday", now) == "at an unknown time"
