@@ -219,7 +219,7 @@ class _Search:
         """Where uniform placements met the limit, the solved mixture at each micro-batch, the most promising first."""
         if not any(trial.verdict in MEMORY_VERDICTS for trial in self.trials):
             return
-        budget = memory_limit(self.config, self.device)
+        budget = self._usable_bytes()
         proposals = []
         for backend, micro_batch in sorted({(t.choices.backend, t.choices.micro_batch) for t in self.trials}):
             if backend != "peft":  # stock checkpoints all layers or none
@@ -244,6 +244,15 @@ class _Search:
                 if again is None:
                     break
                 choices = again[1]
+
+    def _usable_bytes(self) -> int:
+        """The limit; or what trials reached, where one ran out of memory below it: the driver, fragments of the
+        allocator's cache and other programs take their share of the device."""
+        limit = memory_limit(self.config, self.device)
+        if all(trial.verdict != "out_of_memory" for trial in self.trials):
+            return limit
+        reached = [trial.peak_bytes for trial in self.trials if trial.peak_bytes is not None]
+        return min(limit, max(reached, default=limit))
 
     def _solve(self, backend: str, micro_batch: int, budget: float) -> tuple[float, Choices] | None:
         """(predicted step time in ms, choices) of the best mixture whose predicted peak is at most `budget`."""

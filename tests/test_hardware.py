@@ -127,7 +127,8 @@ def test_versions_name_what_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_here_imports_torch() -> None:
     code = (
-        "import sys; from fastft.hardware import *; detect_device(); software_versions(); soft_facts(); kernels_sha256();"
+        "import sys; from fastft.hardware import *;"
+        "detect_device(); software_versions(); soft_facts(); kernels_sha256();"
         "from fastft.planning import *; from fastft.plan_store import *; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
@@ -155,7 +156,8 @@ def test_soft_facts_keep_what_is_answered(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     ("wanted", "capability", "dtype"),
-    [("auto", None, "fp32"), ("auto", "9.0", "bf16"), ("auto", "10.0", "bf16"), ("auto", "7.5", "fp16"), ("fp16", "9.0", "fp16")],
+    [("auto", None, "fp32"), ("auto", "9.0", "bf16"), ("auto", "10.0", "bf16"), ("auto", "7.5", "fp16"),
+     ("fp16", "9.0", "fp16")],
 )  # fmt: skip
 def test_auto_dtype(wanted: str, capability: str | None, dtype: str) -> None:
     kind: Any = "cuda" if capability else "cpu"

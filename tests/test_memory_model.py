@@ -68,7 +68,7 @@ def test_a_quantized_8b_has_the_published_size() -> None:
 
 
 def test_against_a_measured_peak_of_stock() -> None:
-    """Measured on an H200 with stock PEFT: bf16, 4×2048 tokens, 8-bit AdamW, 80.2 GiB without and 29.1 with checkpoints."""
+    """Stock PEFT on an H200, bf16, 4×2048 tokens, 8-bit AdamW: 80.2 GiB without and 29.1 with checkpoints."""
     shape = SHAPES["llama-3-8b"]
     config = RunConfig(sequence_tokens=2048, optimizer="adamw_8bit")
     for policy, measured in (("light", 80.2), ("full", 29.1)):

@@ -254,7 +254,7 @@ def test_a_cap_respects_what_the_run_sets(store: PlanStore) -> None:
 
 def test_a_cap_below_the_model_is_refused(store: PlanStore) -> None:
     config = RunConfig(model="llama-3-8b", memory_cap="7GiB")
-    with pytest.raises(PlanError, match="below what the model itself needs; got 7.00 GiB"):
+    with pytest.raises(PlanError, match=r"below what the model itself needs; got 7\.00 GiB"):
         resolve(config, SHAPES["llama-3-8b"], GPU, store)
 
 
@@ -315,13 +315,15 @@ def test_the_tune_command_repeats_the_key() -> None:
     )  # fmt: skip
     assert tune_command(RunConfig(model="tiny")) == "fastft tune --model tiny"
     assert tune_command(config) == (
-        "fastft tune --model 'my model' --packing --quantization nf4 --memory-cap '7.8 GiB' --rank 8 --targets q_proj,v_proj"
+        "fastft tune --model 'my model' --packing --quantization nf4 --memory-cap '7.8 GiB' "
+        "--rank 8 --targets q_proj,v_proj"
     )
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(5, "just now"), (-60, "just now"), (61, "1 minute ago"), (7300, "2 hours ago"), (90_000, "1 day ago"), (260_000, "3 days ago")],
+    [(5, "just now"), (-60, "just now"), (61, "1 minute ago"), (7300, "2 hours ago"), (90_000, "1 day ago"),
+     (260_000, "3 days ago")],
 )  # fmt: skip
 def test_age(seconds: int, words: str) -> None:
     now = datetime(2026, 1, 10, tzinfo=UTC)

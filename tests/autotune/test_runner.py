@@ -70,7 +70,7 @@ def test_a_kill_is_named() -> None:
         ("raise ValueError('broken here')", "broken here"),
         (f"print({MARKER!r} + '{{')", "no trial"),
         (f"print({MARKER!r} + '{{}}')", "no trial"),
-        (f"import sys; sys.stdout.buffer.write(bytes(range(256)) * 1000 + {MARKER!r}.encode() + bytes([0xff]))", "gave no answer"),
+        (f"import sys; sys.stdout.buffer.write(bytes(range(256)) * 999 + {MARKER!r}.encode() + b'{{')", "gave no answer"),
         (f"import sys; print({ANSWER!r}); sys.exit(1)", "exit code 1"),
     ],
 )  # fmt: skip
@@ -121,7 +121,8 @@ except KeyboardInterrupt:
     print("interrupted")
 """
     (tmp_path / "tests_request.py").write_text(
-        f"from autotune.probe import ProbeRequest\nREQUEST = ProbeRequest.model_validate_json({REQUEST.model_dump_json()!r})\n"
+        "from autotune.probe import ProbeRequest\n"
+        f"REQUEST = ProbeRequest.model_validate_json({REQUEST.model_dump_json()!r})\n"
     )
     environment = dict(os.environ) | {"PYTHONPATH": f"{runner.ROOT}{os.pathsep}{tmp_path}"}
     tuner = subprocess.Popen(

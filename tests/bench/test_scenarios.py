@@ -28,7 +28,7 @@ def test_a_built_in_scenario_can_be_sent_to_a_worker_unchanged(name):
 
 def test_the_embedded_scenario_trains_for_its_recipe_and_judges_accuracy():
     scenario = SCENARIOS["embedded"]
-    assert scenario.total_steps == 160
+    assert scenario.total_steps == 200
     assert scenario.repetitions == len(scenario.seeds) == 3
     assert scenario.accuracy is not None
     assert scenario.accuracy.rows == 128

@@ -215,7 +215,10 @@ def test_a_plan_for_another_backend_is_not_claimed(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_bench_end_to_end_in_real_processes(tmp_path):
     records = run_bench(TOY, output=tmp_path / "out")
-    assert [(record.arm, record.status) for record in records] == [("peft", "ok"), ("eager", "ok")]
+    assert [(record.arm, record.status, record.error) for record in records] == [
+        ("peft", "ok", None),
+        ("eager", "ok", None),
+    ]
     assert all(record.parity.passed for record in records)
     assert records[0].batch_sha256 == records[1].batch_sha256
     assert records[0].model["frozen_checksum"] == records[1].model["frozen_checksum"]

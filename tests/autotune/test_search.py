@@ -1,0 +1,387 @@
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+
+from autotune.probe import ProbeRequest, judge
+from autotune.search import Progress, dry_run, tune
+from autotune.space import EFFORTS, default_candidate, uniform_policy
+from fastft.config import RunConfig
+from fastft.errors import ConfigError, MeasureError
+from fastft.hardware import Device
+from fastft.models.shapes import SHAPES
+from fastft.plan import Choices, Policy, Trial
+from fastft.plan_store import PlanStore
+from fastft.planning import plan_key, resolve
+from fastft.record import Memory
+
+CPU = Device("cpu", "C", None, None, 2**35, 2)
+GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
+SHAPE = SHAPES["llama-3.2-1b"]
+CONFIG = RunConfig(model="llama-3.2-1b", sequence_tokens=1024)
+GIB = 2**30
+
+PRICE_MS: dict[Policy, float] = {"keep": 0.0, "light": 0.2, "mlp": 2.0, "full": 3.0}
+SAVED_MIB: dict[Policy, int] = {"keep": 90, "light": 60, "mlp": 25, "full": 5}
+
+
+class FakeGpu:
+    """Deterministic costs: a step takes longer with small micro-batches, with recomputation, and with stock PEFT."""
+
+    def __init__(self, memory_bytes: int = 140 * GIB, **change: Any) -> None:
+        self.memory_bytes = memory_bytes
+        self.requests: list[ProbeRequest] = []
+        self.speed: Callable[[Choices], float] = change.get("speed", lambda choices: 1.0)
+
+    def time_ms(self, choices: Choices) -> float:
+        launch = 20.0 * choices.accumulation + (8.0 * choices.micro_batch if choices.micro_batch > 8 else 0.0)
+        time = 200.0 + launch + sum(PRICE_MS[policy] for policy in choices.placement)
+        return time * (1.5 if choices.backend == "peft" else 1.0) / self.speed(choices)
+
+    def peak(self, choices: Choices) -> int:
+        saved = sum(SAVED_MIB[policy] for policy in choices.placement) * 2**20 * choices.micro_batch
+        return 3 * GIB + saved * (3 if choices.backend == "peft" else 1)
+
+    def __call__(self, request: ProbeRequest) -> Trial:
+        self.requests.append(request)
+        choices, peak = request.choices, self.peak(request.choices)
+        if peak > self.memory_bytes:
+            return Trial(choices=choices, verdict="out_of_memory", peak_bytes=self.memory_bytes, detail="no memory")
+        time = self.time_ms(choices)
+        memory = Memory(kind="cuda_allocated", model_bytes=3 * GIB, peak_bytes=peak)
+        verdict, detail = judge(memory, request.config.memory_cap_bytes)
+        return Trial(
+            choices=choices, verdict=verdict, step_time_ms=[time, time * 1.001, time * 0.999], model_bytes=3 * GIB,
+            tokens_per_second=16 * 1024 * 1000 / time, peak_bytes=peak, detail=detail,
+        )  # fmt: skip
+
+    def probed(self) -> list[Choices]:
+        return [request.choices for request in self.requests]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> PlanStore:
+    return PlanStore(tmp_path)
+
+
+def run(store: PlanStore, gpu: Callable[[ProbeRequest], Trial], config: RunConfig = CONFIG, **more: Any) -> Any:
+    return tune(config, run_probe=gpu, store=store, **{"shape": SHAPE, "device": GPU, **more})
+
+
+def test_the_fastest_wins_and_is_stored_with_all_evidence(store: PlanStore) -> None:
+    gpu = FakeGpu()
+    result = run(store, gpu)
+    assert not result.cached
+    plan = result.plan
+    assert (plan.choices.micro_batch, uniform_policy(plan.choices)) == (8, "keep")
+    assert store.load(plan.key) == plan
+    evidence = plan.evidence
+    assert [trial.choices for trial in evidence.trials] == gpu.probed()
+    assert evidence.trials[0].choices == default_candidate(CONFIG, SHAPE, GPU)
+    assert evidence.best_tokens_per_second is not None
+    assert evidence.default_tokens_per_second is not None
+    assert evidence.best_tokens_per_second > evidence.default_tokens_per_second
+    assert evidence.best_tokens_per_second == pytest.approx(16 * 1024 * 1000 / gpu.time_ms(plan.choices), rel=0.01)
+    assert evidence.command == "fastft tune --model llama-3.2-1b --effort quick"
+    assert evidence.created_at.endswith("+00:00")
+    assert evidence.versions["python"]
+    assert not (store.cache / "journals").exists() or list((store.cache / "journals").iterdir()) == []
+
+
+def test_what_recomputes_for_nothing_is_not_probed(store: PlanStore) -> None:
+    gpu = FakeGpu()
+    run(store, gpu)
+    assert {uniform_policy(choices) for choices in gpu.probed()} == {"light", "keep"}
+    assert len([choices for choices in set(map(Choices.model_dump_json, gpu.probed())) if '"keep"' in choices]) == 1
+
+
+def test_a_cached_plan_is_returned_without_a_probe(store: PlanStore) -> None:
+    plan = run(store, FakeGpu()).plan
+    gpu = FakeGpu()
+    result = run(store, gpu)
+    assert result.cached
+    assert result.plan == plan
+    assert gpu.requests == []
+    assert not run(store, gpu, force=True).cached
+    assert gpu.requests
+
+
+def test_a_cached_plan_is_returned_quickly_and_without_torch(tmp_path: Path) -> None:
+    config = RunConfig(model="toy-llama", sequence_tokens=64, device="cpu")
+    device = Device("cpu", "C", None, None, 2**35, 2)
+    tune(config, run_probe=FakeGpu(), store=PlanStore(tmp_path), device=device)
+    code = """
+import sys, time
+started = time.perf_counter()
+from pathlib import Path
+from autotune.search import tune
+from fastft.config import RunConfig
+from fastft.hardware import Device
+from fastft.plan_store import PlanStore
+config = RunConfig(model="toy-llama", sequence_tokens=64, device="cpu")
+assert tune(config, store=PlanStore(Path(sys.argv[1])), device=Device("cpu", "C", None, None, 2**35, 2)).cached
+assert not {"torch", "transformers"} & set(sys.modules)
+print(time.perf_counter() - started)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=root
+    )
+    assert float(done.stdout) < 2.0
+
+
+def test_the_default_wins_ties(store: PlanStore) -> None:
+    gpu = FakeGpu()
+    gpu.time_ms = lambda choices: 100.0 if choices.micro_batch == 4 else 99.5  # type: ignore[method-assign]
+    plan = run(store, gpu).plan
+    assert plan.choices == default_candidate(CONFIG, SHAPE, GPU)
+
+
+@pytest.mark.parametrize("slow", range(5))
+def test_the_plan_is_never_clearly_slower_than_the_default(slow: int, store: PlanStore) -> None:
+    gpu = FakeGpu(
+        speed=lambda choices: 0.9 + 0.04 * ((choices.micro_batch * 7 + len(set(choices.placement)) + slow) % 5)
+    )
+    plan = run(store, gpu).plan
+    default = default_candidate(CONFIG, SHAPE, GPU)
+    assert gpu.time_ms(plan.choices) <= 1.01 * gpu.time_ms(default)
+
+
+def test_stock_may_win(store: PlanStore) -> None:
+    plan = run(store, FakeGpu(speed=lambda choices: 3.0 if choices.backend == "peft" else 1.0)).plan
+    assert plan.choices.backend == "peft"
+
+
+def test_finalists_are_timed_again_interleaved(store: PlanStore) -> None:
+    gpu = FakeGpu()
+    gpu.time_ms = lambda choices: 90.0 + choices.micro_batch / 100 if choices.micro_batch < 8 else 200.0  # type: ignore[method-assign]
+    run(store, gpu, effort="full")
+    probed = [choices.model_dump_json() for choices in gpu.probed()]
+    count = EFFORTS["full"].finalists
+    first, second = probed[-2 * count : -count], probed[-count:]
+    assert len(set(first)) == count
+    assert first == second[::-1], "there and back"
+    assert default_candidate(CONFIG, SHAPE, GPU).model_dump_json() in first
+
+
+def test_a_disturbed_first_measurement_of_the_default_does_not_inflate_the_gain(store: PlanStore) -> None:
+    gpu = FakeGpu()
+    honest = gpu.time_ms
+
+    def disturbed(choices: Choices) -> float:
+        return honest(choices) * (2.0 if len(gpu.requests) == 1 else 1.0)
+
+    gpu.time_ms = disturbed  # type: ignore[method-assign]
+    evidence = run(store, gpu).plan.evidence
+    default = default_candidate(CONFIG, SHAPE, GPU)
+    assert evidence.default_tokens_per_second == pytest.approx(16 * 1024 * 1000 / honest(default), rel=0.01)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("cap_gib", [5.0, 6.0, 7.5, 9.0])
+def test_under_a_cap_the_mixed_optimum_is_found_and_measured(cap_gib: float, store: PlanStore) -> None:
+    config = CONFIG.model_copy(update={"memory_cap": f"{cap_gib}GiB"})
+    gpu = FakeGpu()
+    plan = run(store, gpu, config).plan
+    cap = cap_gib * GIB
+    confirmed = [trial for trial in plan.evidence.trials if trial.choices == plan.choices]
+    assert all(trial.verdict == "ok" for trial in confirmed)
+    assert all(trial.peak_bytes is not None and trial.peak_bytes <= cap for trial in confirmed)
+    uniform = [trial for trial in plan.evidence.trials if uniform_policy(trial.choices) and trial.verdict == "ok"]
+    assert all(gpu.time_ms(plan.choices) <= 1.01 * gpu.time_ms(trial.choices) for trial in uniform)
+    if cap_gib == 5.0:
+        assert len(set(plan.choices.placement)) > 1
+        order = ["full", "mlp", "light", "keep"]
+        ranks = [order.index(policy) for policy in plan.choices.placement]
+        assert ranks == sorted(ranks), "layers that save most come last"
+
+
+def test_a_mixture_that_turns_out_too_large_is_corrected(store: PlanStore) -> None:
+    config = CONFIG.model_copy(update={"memory_cap": "5GiB"})
+    gpu = FakeGpu()
+    honest = gpu.peak
+    gpu.peak = lambda choices: honest(choices) + (uniform_policy(choices) is None) * GIB // 4  # type: ignore[method-assign]
+    plan = run(store, gpu, config).plan
+    mixed = [trial for trial in plan.evidence.trials if uniform_policy(trial.choices) is None]
+    assert {"over_cap", "ok"} <= {trial.verdict for trial in mixed}
+    assert gpu.peak(plan.choices) <= 5 * GIB
+
+
+def test_the_device_itself_is_a_cap(store: PlanStore) -> None:
+    small = Device("cuda", "S", "8.9", 60, 6 * GIB, 8)
+    gpu = FakeGpu(memory_bytes=6 * GIB)
+    plan = run(store, gpu, device=small).plan
+    assert gpu.peak(plan.choices) <= 6 * GIB
+    assert any(trial.verdict == "out_of_memory" for trial in plan.evidence.trials)
+
+
+def test_larger_ones_are_not_probed_after_a_lack_of_memory(store: PlanStore) -> None:
+    small = Device("cuda", "S", "8.9", 60, 40 * GIB, 8)  # the analytic model prunes nothing, the device is smaller
+    gpu = FakeGpu(memory_bytes=5 * GIB)
+    run(store, gpu, device=small)
+    light = [c.micro_batch for c in gpu.probed() if c.backend == "triton" and uniform_policy(c) == "light"]
+    failed = [size for size in light if 3 * GIB + size * 16 * 60 * 2**20 > 5 * GIB]
+    assert len(set(failed)) == 1
+
+
+def test_nothing_feasible_names_the_smallest_peak_and_the_cap(store: PlanStore) -> None:
+    gpu = FakeGpu()
+    gpu.peak = lambda choices: 5 * GIB + choices.micro_batch * 2**20  # type: ignore[method-assign]
+    with pytest.raises(MeasureError, match=r"smallest peak seen is 5.00 GiB; allowed: up to 4.00 GiB"):
+        run(store, gpu, CONFIG.model_copy(update={"memory_cap": "4GiB"}))
+    assert store.entries() == []
+    assert list((store.cache / "journals").glob("*")) == [], "the next attempt measures anew"
+
+
+def test_nothing_ran_says_why(store: PlanStore) -> None:
+    with pytest.raises(MeasureError, match="failed: no such model"):
+        run(store, lambda request: Trial(choices=request.choices, verdict="failed", detail="no such model"))
+
+
+# Interruptions, limits, others
+
+
+def test_an_interrupted_tuning_is_resumed(store: PlanStore) -> None:
+    whole = FakeGpu()
+    expected = run(PlanStore(store.cache / "other"), whole).plan.choices
+    first, second = FakeGpu(), FakeGpu()
+
+    def interrupted(request: ProbeRequest) -> Trial:
+        if len(first.requests) == 3:
+            raise KeyboardInterrupt
+        return first(request)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(store, interrupted)
+    assert store.entries() == []
+    plan = run(store, second).plan
+    assert plan.choices == expected
+    assert first.probed() + second.probed() == whole.probed()
+    assert len(plan.evidence.trials) == len(whole.requests)
+
+
+def test_force_forgets_an_interrupted_tuning(store: PlanStore) -> None:
+    first, whole, forced = FakeGpu(), FakeGpu(), FakeGpu()
+
+    def interrupted(request: ProbeRequest) -> Trial:
+        if len(first.requests) == 3:
+            raise KeyboardInterrupt
+        return first(request)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(store, interrupted)
+    run(PlanStore(store.cache / "other"), whole)
+    run(store, forced, force=True)
+    assert forced.probed() == whole.probed()
+
+
+def test_no_time_still_measures_the_default(store: PlanStore) -> None:
+    gpu = FakeGpu()
+    plan = run(store, gpu, max_minutes=0.0).plan
+    default = default_candidate(CONFIG, SHAPE, GPU)
+    assert gpu.probed() == [default]
+    assert plan.choices == default
+
+
+def test_the_time_limit_counts_what_a_probe_takes(store: PlanStore) -> None:
+    gpu = FakeGpu()
+
+    def slow(request: ProbeRequest) -> Trial:
+        time.sleep(0.2)
+        return gpu(request)
+
+    run(store, slow, max_minutes=0.5 / 60)
+    assert 1 <= len(gpu.requests) <= 3
+
+
+def test_progress(store: PlanStore) -> None:
+    seen: list[Progress] = []
+    gpu = FakeGpu()
+    run(store, gpu, on_progress=seen.append)
+    before, after = seen[::2], seen[1::2]
+    assert [progress.choices for progress in before] == gpu.probed()
+    assert all(progress.trial is None for progress in before)
+    assert all(progress.trial is not None and progress.trial.choices == progress.choices for progress in after)
+    assert [progress.index for progress in after] == list(range(1, len(after) + 1))
+    assert all(progress.total >= progress.index for progress in seen)
+    assert all(progress.eta_seconds is not None for progress in after)
+    assert after[-1].eta_seconds == 0
+    best = [progress.best.tokens_per_second or 0 for progress in after if progress.best]
+    assert len(best) == len(after)
+    assert {progress.phase for progress in after} == {"uniform", "finalists"}
+
+
+def test_a_refused_winner_is_followed_by_the_next(store: PlanStore) -> None:
+    asked: list[Choices] = []
+
+    def verify(choices: Choices) -> bool:
+        asked.append(choices)
+        return len(asked) > 1
+
+    plan = run(store, FakeGpu(), verify_plan=verify).plan
+    assert plan.choices == asked[1] != asked[0]
+    refused = [trial for trial in plan.evidence.trials if trial.verdict == "parity_failed"]
+    assert [trial.choices for trial in refused] == [asked[0]]
+    with pytest.raises(MeasureError):
+        run(store, FakeGpu(), verify_plan=lambda choices: False, force=True)
+
+
+def test_what_the_run_sets_itself_does_not_narrow_the_plan(store: PlanStore) -> None:
+    pinned = CONFIG.model_copy(update={"micro_batch": 1, "placement": "full", "backend": "peft"})
+    free = run(PlanStore(store.cache / "other"), FakeGpu()).plan
+    plan = run(store, FakeGpu(), pinned).plan
+    assert plan.key == free.key
+    assert plan.choices == free.choices
+    assert resolve(pinned, SHAPE, GPU, store).choices.micro_batch == 1
+
+
+def test_another_tuner_of_the_device_is_waited_for_and_its_plan_taken(store: PlanStore) -> None:
+    plan = run(PlanStore(store.cache / "other"), FakeGpu()).plan
+    run(store, FakeGpu(), CONFIG.model_copy(update={"batch_size": 4}))  # makes the lock file
+    lock_file = next((store.cache / "locks").iterdir())
+    waiting = threading.Event()
+    results: list[Any] = []
+    gpu = FakeGpu()
+
+    def report(progress: Progress) -> None:
+        if progress.phase == "waiting":
+            waiting.set()
+
+    lock = filelock.FileLock(lock_file)
+    with lock:
+        second = threading.Thread(target=lambda: results.append(run(store, gpu, on_progress=report)))
+        second.start()
+        assert waiting.wait(10)
+        store.save(plan)
+    second.join(10)
+    assert results[0].cached
+    assert gpu.requests == []
+
+
+def test_an_unknown_effort(store: PlanStore) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'quick'"):
+        run(store, FakeGpu(), effort="quik")
+
+
+def test_dry_run_lists_what_might_be_probed(store: PlanStore) -> None:
+    listed = dry_run(CONFIG, shape=SHAPE, device=GPU)
+    gpu = FakeGpu()
+    run(store, gpu)
+    assert listed[0] == default_candidate(CONFIG, SHAPE, GPU)
+    assert all(choices in listed for choices in gpu.probed())
+
+
+def test_quick_on_a_cpu_probes_little(store: PlanStore) -> None:
+    gpu = FakeGpu()
+    run(store, gpu, CONFIG.model_copy(update={"model": "toy-llama"}), shape=SHAPES["toy-llama"], device=CPU)
+    assert len({choices.model_dump_json() for choices in gpu.probed()}) <= 6
+    assert len(gpu.requests) <= 8
+    assert plan_key(CONFIG, SHAPES["toy-llama"], CPU).digest in {path.stem for path in store.folder.glob("*.json")}
