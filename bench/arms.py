@@ -1,7 +1,8 @@
 """Arms: the ways to train that a scenario compares.
 
-An arm is a backend and how its choices come about.  The stock arms are what a user of PEFT writes: the whole
-batch at once, with or without gradient checkpointing.  The other arms follow the cached plan, else the default.
+An arm is a backend and how its choices come about.  The stock arms are what a user of PEFT writes: the whole batch
+at once, or in the scenario's parts where it is too large, with or without gradient checkpointing.  The other arms
+follow the cached plan, else the default.
 """
 
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def runnable_arms(names: tuple[str, ...], config: RunConfig) -> tuple[tuple[str,
     return tuple(name for name in names if name not in reasons), reasons
 
 
-def choices_for(name: str, config: RunConfig) -> tuple[Choices, str | None]:
+def choices_for(name: str, config: RunConfig, *, stock_micro_batch: int | None = None) -> tuple[Choices, str | None]:
     """What the arm does, and the id of the plan that says so (None without one).
 
     Raises:
@@ -80,7 +81,7 @@ def choices_for(name: str, config: RunConfig) -> tuple[Choices, str | None]:
         from fastft.models.loading import resolve_model
 
         model = resolve_model(config.model, offline=config.offline, trust_remote_code=config.trust_remote_code)
-        micro_batch = config.micro_batch or config.batch_size
+        micro_batch = config.micro_batch or stock_micro_batch or config.batch_size
         return Choices(
             backend=arm.backend,
             micro_batch=micro_batch,

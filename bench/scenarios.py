@@ -63,6 +63,8 @@ class Scenario(_Frozen):
     description: str = ""
     config: RunConfig
     arms: tuple[str, ...] = Field(default=("peft", "eager", "triton"), min_length=1)
+    stock_micro_batch: int | None = Field(default=None, ge=1)
+    """What a stock arm puts on the device at a time; None is the whole batch.  It must divide the batch size."""
     repetitions: int = Field(default=3, ge=1)
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     """Repetition r uses `seeds[r % len(seeds)]` for the adapter, the data and the order."""
@@ -94,6 +96,12 @@ class Scenario(_Frozen):
                 got=f"data {self.data}, config.data {self.config.data}",
                 fix="leave accuracy out, or train on the embedded data",
             )  # fmt: skip
+        if self.stock_micro_batch is not None and self.config.batch_size % self.stock_micro_batch:
+            raise ConfigError(
+                "stock_micro_batch does not divide batch_size",
+                got=f"batch_size {self.config.batch_size}, stock_micro_batch {self.stock_micro_batch}",
+                fix="choose a divisor, so that every arm's optimizer step sees the same global batch",
+            )
         if self.total_steps < 2:
             # The first step moves B alone (A's gradient is zero while B is), so nothing proves that A trains.
             raise ConfigError(
@@ -148,17 +156,21 @@ _EMBEDDED_CONFIG = RunConfig(
 )  # fmt: skip
 
 
-def _speed(name: str, model: str, batch_size: int, sequence_tokens: int, description: str) -> Scenario:
-    """A shipped shape with random weights on random tokens: speed and memory, nothing to learn."""
+def _speed(
+    name: str, model: str, batch_size: int, stock_micro_batch: int, sequence_tokens: int, description: str
+) -> Scenario:
+    """A shipped shape with random weights on random tokens: speed and memory, nothing to learn.
+
+    Everything else is `RunConfig`'s default, so `fastft tune MODEL --sequence-tokens N` makes the plan for it.
+    """
     return Scenario(
         name=name,
         description=description,
-        config=RunConfig(
-            model=model, batch_size=batch_size, sequence_tokens=sequence_tokens, dtype="bf16", optimizer="adamw_8bit"
-        ),
+        config=RunConfig(model=model, batch_size=batch_size, sequence_tokens=sequence_tokens),
+        stock_micro_batch=stock_micro_batch,
         arms=("peft", "peft+checkpointing", "triton"),
-        warmup_steps=4,
-        steps=10,
+        warmup_steps=2,
+        steps=6,
         data="random",
         gate=GateSize(layers=4, sequence_tokens=512),
     )
@@ -183,11 +195,17 @@ SCENARIOS: dict[str, Scenario] = {
             warmup_steps=1,
             steps=4,
         ),
-        _speed("llama-3-8b", "llama-3-8b", 4, 2048, "Llama-3-8B's shape, bf16, 4 × 2,048 random tokens a step."),
-        _speed("qwen2-1.5b", "qwen2-1.5b", 4, 2048, "Qwen2-1.5B's shape, bf16, 4 × 2,048 random tokens a step."),
         _speed(
-            "qwen2-1.5b-small-batch", "qwen2-1.5b", 1, 1024,
-            "Qwen2-1.5B's shape, bf16, 1 × 1,024 random tokens a step: launches, not arithmetic, set the pace.",
+            "llama-3-8b", "llama-3-8b", 16, 4, 2048,
+            "Llama-3-8B's shape, 16 × 2,048 random tokens a step; stock in micro-batches of 4.",
+        ),
+        _speed(
+            "qwen2-1.5b", "qwen2-1.5b", 16, 4, 2048,
+            "Qwen2-1.5B's shape, 16 × 2,048 random tokens a step; stock in micro-batches of 4.",
+        ),
+        _speed(
+            "qwen2-1.5b-small-batch", "qwen2-1.5b", 1, 1, 1024,
+            "Qwen2-1.5B's shape, 1 × 1,024 random tokens a step: launches, not arithmetic, set the pace.",
         ),
     )
 }  # fmt: skip

@@ -41,7 +41,7 @@ def run_gate(request: GateRequest) -> GateReply:
 
     scenario = request.scenario
     config = scenario.run_config(scenario.seed(0))
-    choices, plan_id = choices_for(request.arm, config)
+    choices, plan_id = choices_for(request.arm, config, stock_micro_batch=scenario.stock_micro_batch)
     result = check_parity(config, choices, seed=config.seed, size=scenario.gate)
     return GateReply(
         parity=result.parity,

@@ -35,6 +35,11 @@ class ModelShape:
         """The fields as JSON-ready values."""
         return asdict(self)
 
+    def sizes(self) -> dict[str, Any]:
+        """What speed and memory depend on: everything but constants of the arithmetic."""
+        constants = {"rope_theta", "rms_norm_eps", "max_positions"}
+        return {name: value for name, value in asdict(self).items() if name not in constants}
+
     @property
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
         """(in, out) of each linear layer of one decoder layer."""
