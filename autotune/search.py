@@ -299,6 +299,8 @@ class _Search:
             self._probe_seconds.append(time.monotonic() - started)
             self.journal.add(request, trial)
         self.trials.append(trial)
+        if index == 1 and trial.verdict in ("failed", "timeout"):
+            _log.warning("the default does not run (%s): %s", trial.verdict, trial.detail)
         self.report(self._progress(phase, index, index + left, choices, trial, left))
         return trial
 

@@ -70,7 +70,7 @@ def solve_unequal(
             cost = layer.get(policy)
             if cost is None:
                 continue
-            size = cost.saved_bytes // quantum
+            size = -(-cost.saved_bytes // quantum)
             for used in range(room - size + 1):
                 price = price_at[used] + cost.price_ms
                 if price < then[used + size]:

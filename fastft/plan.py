@@ -36,7 +36,7 @@ class PlanKey(_Frozen):
     """torch, triton, cuda, bitsandbytes ("none" where absent)."""
     kernels_sha256: str
     model_shape: dict[str, Any]
-    """`ModelShape.as_dict()`: the shape, not the name."""
+    """`ModelShape.sizes()`: the shape, not the name."""
     lora_rank: int
     lora_targets: list[str]
     lora_dropout: float
@@ -159,7 +159,7 @@ class Plan(_Frozen):
         fix = "remove it and run `fastft tune` again"
         try:
             body = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a JSONDecodeError, or a number too long for Python
             raise PlanError(f"plan {where} is not JSON", got=str(error)[:120], fix=fix) from error
         if not isinstance(body, dict):
             raise PlanError(f"plan {where} is not a JSON object", got=type(body).__name__, fix=fix)

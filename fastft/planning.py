@@ -98,7 +98,7 @@ def plan_key(config: RunConfig, shape: ModelShape, device: Device) -> PlanKey:
         device_memory_bytes=max(1, round(device.memory_bytes / 2**30)) * 2**30,
         versions={name: versions[name] for name in KEY_VERSIONS},
         kernels_sha256=kernels_sha256(),
-        model_shape=shape.as_dict(),
+        model_shape=shape.sizes(),
         lora_rank=config.lora.rank,
         lora_targets=sorted(config.lora.targets),
         lora_dropout=config.lora.dropout,

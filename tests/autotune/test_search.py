@@ -241,9 +241,10 @@ def test_nothing_feasible_names_the_smallest_peak_and_the_cap(store: PlanStore) 
     assert list((store.cache / "journals").glob("*")) == [], "the next attempt measures anew"
 
 
-def test_nothing_ran_says_why(store: PlanStore) -> None:
+def test_nothing_ran_says_why(store: PlanStore, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(MeasureError, match="failed: no such model"):
         run(store, lambda request: Trial(choices=request.choices, verdict="failed", detail="no such model"))
+    assert "the default does not run (failed): no such model" in caplog.text
 
 
 # Interruptions, limits, others
