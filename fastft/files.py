@@ -33,6 +33,10 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "wb") as stream:
+            # `mkstemp` makes files that only their owner may read; give this one the usual permissions.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(handle, 0o666 & ~umask)
             stream.write(raw)
             stream.flush()
             os.fsync(stream.fileno())

@@ -78,9 +78,9 @@ class FineTuning:
 
     steps: int = 200
     batch_size: int = 16
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     rank: int = 16
-    alpha: int = 32
+    alpha: int = 16
     test_rows: int = 256
 
 
@@ -301,7 +301,7 @@ sentences and arithmetic up to 99; it is good for nothing else.
 | corpus | {pretraining.corpus_documents:,} documents |
 | training | {pretraining.steps} steps of {pretraining.batch_size} × {ROW_TOKENS} tokens, AdamW, peak learning rate {pretraining.learning_rate:g} |
 | last loss | {loss:.3f} |
-| time | {seconds / 60:.0f} minutes on {torch.get_num_threads()} CPU threads |
+| time | {seconds / 60:.0f} minutes of wall clock on {torch.get_num_threads()} CPU threads |
 | versions | torch {torch.__version__}, transformers {transformers.__version__}, tokenizers {tokenizers.__version__} |
 
 | file | SHA-256 |
