@@ -152,7 +152,7 @@ _EMBEDDED_STEPS = 200
 _EMBEDDED_WARMUP = 10
 _EMBEDDED_CONFIG = RunConfig(
     model="tiny", data="embedded", batch_size=16, sequence_tokens=256, learning_rate=2e-3, schedule="constant",
-    optimizer="adamw", lora=LoraConfig(rank=16, alpha=32.0),
+    optimizer="adamw",
 )  # fmt: skip
 
 
