@@ -7,7 +7,7 @@ from statistics import median
 from fastft.plan import Choices, Trial
 
 NOISE = 0.01
-"""Speeds closer than this are equal; the earlier candidate wins, so the default unless something is clearly better."""
+"""Speeds closer than this are equal: the default wins, else what needs the least memory."""
 FINALIST_SPREAD = 0.03
 """Candidates this close to the best are timed again."""
 
@@ -56,10 +56,20 @@ class Standings:
         return [*close[: max(1, count - 1)], default]
 
     def winner(self) -> Choices | None:
-        """The earliest whose speed is the best within the noise; None if nothing ran."""
+        """Of those whose speed is the best within the noise, the default, else the smallest; None if nothing ran."""
         ranked = self._ranked()
         fast = [choices for speed, choices in ranked if speed >= (1 - NOISE) * ranked[0][0]]
-        return next((choices for choices in self.order() if choices in fast), None)
+        if not fast:
+            return None
+        default = self.trials[0].choices
+        if default in fast:
+            return default
+        # `min` takes the earlier of equals, so the same measurements always choose the same.
+        return min((choices for choices in self.order() if choices in fast), key=self.peak)
+
+    def peak(self, choices: Choices) -> int:
+        """The highest peak of its trials, in bytes; 0 where none was measured."""
+        return max((trial.peak_bytes or 0 for trial in self.trials if trial.choices == choices), default=0)
 
     def _ranked(self) -> list[tuple[float, Choices]]:
         speeds = [(speed, choices) for choices in self.order() if (speed := self.speed(choices)) is not None]

@@ -4,24 +4,27 @@
 PEFT.  Either way the model stays a Hugging Face model in a `PeftModel`, and any loop or trainer can train it.
 """
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastft.config import LLAMA_LINEARS, LoraConfig, RunConfig, parse_bytes
+from fastft.backends import load_backend
+from fastft.config import LLAMA_LINEARS, RunConfig, parse_bytes
 from fastft.engine.patch import patch_model, unpatch_model
 from fastft.errors import ConfigError, FastftError, ModelError, unknown_choice
 from fastft.hardware import Device, detect_device
 from fastft.memory_model import best_placement_under
-from fastft.models.loading import load_model, load_tokenizer, resolve_model, torch_dtype
+from fastft.models.loading import DTYPES, load_model, load_tokenizer, resolve_model, torch_dtype
 from fastft.models.shapes import ModelShape
 from fastft.plan import POLICIES, Choices, Plan, Policy
-from fastft.plan_store import PlanStore
+from fastft.plan_store import PlanStore, read_foreign_plan
 
 log = logging.getLogger("fastft")
 
@@ -74,8 +77,24 @@ class FastLanguageModel:
             )
         found = detect_device(device)
         quantization = "nf4" if load_in_4bit else "int8" if load_in_8bit else "none"
-        resolved = resolve_model(model_name, offline=local_files_only, trust_remote_code=trust_remote_code)
         compute_dtype = torch_dtype(dtype, found)
+        names = {value: name for name, value in DTYPES.items()}
+        if compute_dtype not in names:
+            raise unknown_choice("dtype", str(compute_dtype), map(str, names))
+        # Before the weights, which take minutes to load.
+        config = RunConfig.load(
+            model=model_name,
+            sequence_tokens=max_seq_length,
+            quantization=quantization,
+            dtype=names[compute_dtype],
+            backend=backend,
+            device=found.kind,
+            plan=plan,
+            memory_cap=None if memory_cap is None else str(memory_cap),
+            strict=strict or None,
+        )
+        resolved = resolve_model(model_name, offline=local_files_only, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(resolved, offline=local_files_only, trust_remote_code=trust_remote_code)
         model = load_model(
             resolved,
             dtype=compute_dtype,
@@ -85,25 +104,14 @@ class FastLanguageModel:
             trust_remote_code=trust_remote_code,
             **hugging_face,
         )
-        config = RunConfig.load(
-            model=model_name,
-            sequence_tokens=max_seq_length,
-            quantization=quantization,
-            dtype={torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[compute_dtype],
-            backend=backend,
-            device=found.kind,
-            plan=plan,
-            memory_cap=None if memory_cap is None else str(memory_cap),
-            strict=strict or None,
-        )
         model.__dict__[_REQUEST] = (config, resolved.shape, found)
-        return model, load_tokenizer(resolved, offline=local_files_only, trust_remote_code=trust_remote_code)
+        return model, tokenizer
 
     @staticmethod
     def get_peft_model(
         model: Any,
         r: int = 16,
-        target_modules: Sequence[str] = LLAMA_LINEARS,
+        target_modules: Sequence[str] | str = LLAMA_LINEARS,
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         bias: str = "none",
@@ -113,11 +121,11 @@ class FastLanguageModel:
         use_rslora: bool = False,
         **lora: Any,
     ) -> Any:
-        """A `PeftModel` around `model` (from `from_pretrained`), running on the chosen backend.
+        """A `PeftModel` around `model` (from `from_pretrained`) on the chosen backend, in training mode.
 
         Args:
             r: rank.
-            target_modules: names of linear layers.
+            target_modules: names of linear layers; `"all-linear"` is all seven.
             lora_alpha: the adapter's output is scaled by alpha / r (alpha / √r with `use_rslora`).
             lora_dropout: on the adapters' input.
             bias: as in `peft.LoraConfig`.
@@ -128,10 +136,10 @@ class FastLanguageModel:
 
         Raises:
             ModelError: `model` does not come from `from_pretrained`.
-            ConfigError: an unknown value of `use_gradient_checkpointing`.
+            ConfigError: a value that is not allowed, such as an unknown one of `use_gradient_checkpointing`.
         """
         from peft import LoraConfig as PeftLoraConfig
-        from peft import get_peft_model, prepare_model_for_kbit_training
+        from peft import get_peft_model
 
         if _REQUEST not in model.__dict__:
             raise ModelError(
@@ -139,15 +147,16 @@ class FastLanguageModel:
                 fix="load it there, or use peft.get_peft_model inside fastft.patch_hf_training()",
             )  # fmt: skip
         config, shape, device = model.__dict__[_REQUEST]
-        config = config.model_copy(
-            update={
-                "lora": LoraConfig(
-                    rank=r, alpha=lora_alpha, dropout=lora_dropout, targets=tuple(target_modules), rslora=use_rslora
-                )
-            }
-        )
-        if config.quantization != "none":
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if isinstance(target_modules, str):
+            if target_modules != "all-linear":
+                raise ConfigError(
+                    "target_modules is not a list of names", got=target_modules, allowed="a list, or all-linear",
+                    fix="list the layers",
+                )  # fmt: skip
+            target_modules = LLAMA_LINEARS
+        chosen = {"rank": r, "alpha": lora_alpha, "dropout": lora_dropout, "targets": tuple(target_modules)}
+        config = RunConfig.of({**config.model_dump(), "lora": {**chosen, "rslora": use_rslora}})
+        # A quantized model keeps its dtypes: see `fastft.training.session.add_adapters`.
         torch.manual_seed(random_state)
         adapted = get_peft_model(
             model,
@@ -157,7 +166,7 @@ class FastLanguageModel:
             ),
         )  # fmt: skip
         _put_backend_in(adapted, config, shape, device, use_gradient_checkpointing)
-        return adapted
+        return adapted.train()
 
 
 def patch_hf_training(*, backend: str = "auto", strict: bool = False) -> "HfPatch":
@@ -170,6 +179,9 @@ def patch_hf_training(*, backend: str = "auto", strict: bool = False) -> "HfPatc
     Args:
         backend: auto (triton on a GPU, eager elsewhere), triton or eager.
         strict: what cannot run fused is an error.
+
+    Raises:
+        BackendError: the backend is unknown, or cannot run here.
     """
     return HfPatch(backend, strict)
 
@@ -180,12 +192,13 @@ class HfPatch:
     def __init__(self, backend: str, strict: bool) -> None:
         import peft
 
-        self._backend = _backend_name(backend, detect_device("auto"))
+        self._backend = load_backend(_backend_name(backend, detect_device("auto"))).name
         self._strict = strict
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._original: Callable[..., None] | None = peft.PeftModel.__init__
         original, patch = peft.PeftModel.__init__, self
 
+        @functools.wraps(original)
         def init_and_patch(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
             patch._adopt(self)
@@ -229,28 +242,34 @@ def _put_backend_in(
     adapted: Any, config: RunConfig, shape: ModelShape | None, device: Device, checkpointing: bool | str
 ) -> None:
     backend = _backend_name(config.backend, device)
+    if checkpointing not in (True, False, "auto", "unsloth", *POLICIES):
+        raise unknown_choice(
+            "use_gradient_checkpointing", str(checkpointing), ["auto", "unsloth", "True", "False", *POLICIES]
+        )
+    if shape is None and config.backend not in ("auto", "peft"):
+        raise ModelError("the model's family has no layer specification", got=config.model, fix="use backend peft")
+    plan = _find_plan(config, shape, device) if shape is not None and backend != "peft" else None
+    if plan is not None:
+        log.info("plan %s: %s", plan.id, plan.choices.summary())
+        if config.backend == "auto":
+            backend = plan.choices.backend
     if backend == "peft" or shape is None:
-        if shape is None and config.backend not in ("auto", "peft"):
-            raise ModelError("the model's family has no layer specification", got=config.model, fix="use backend peft")
-        if checkpointing is not False:
+        # Stock knows all layers or none; left to choose without a plan, it takes what always fits.
+        if checkpointing in ("auto", "unsloth"):
+            checkpointing = plan is None or "full" in plan.choices.placement
+        if checkpointing in (True, "full"):
             adapted.gradient_checkpointing_enable({"use_reentrant": False})
             adapted.enable_input_require_grads()
         return
-    plan = _find_plan(config, shape, device)
     placement: Any
     if checkpointing in ("auto", "unsloth"):
         placement = plan.choices.placement if plan is not None else _AutoPlacement(config, shape, device, backend)
     elif isinstance(checkpointing, bool):
         placement = "full" if checkpointing else "light"
-    elif checkpointing in POLICIES:
-        placement = checkpointing
     else:
-        raise unknown_choice(
-            "use_gradient_checkpointing", checkpointing, ["auto", "unsloth", "True", "False", *POLICIES]
-        )
+        placement = checkpointing
     more: dict[str, Any] = {}
     if plan is not None:
-        log.info("plan %s: %s", plan.id, plan.choices.summary())
         more = {"attention": plan.choices.attention, "loss_chunk_tokens": plan.choices.loss_chunk_tokens}
     patch_model(adapted, backend=backend, placement=placement, strict=config.strict, **more)
 
@@ -261,6 +280,10 @@ def _backend_name(wanted: str, device: Device) -> str:
     return resolve_backend(RunConfig.load(backend=wanted), device)
 
 
+_CALLERS_OWN = {"global_batch", "optimizer", "packing"}
+"""Fields of a plan's key that whoever calls chooses later, in a loop or trainer of their own."""
+
+
 def _find_plan(config: RunConfig, shape: ModelShape, device: Device) -> Plan | None:
     """The plan file, or the cached plan for this work at any batch size: whoever calls chooses the batch here."""
     from fastft.planning import plan_key
@@ -269,17 +292,15 @@ def _find_plan(config: RunConfig, shape: ModelShape, device: Device) -> Plan | N
         return None
     key = plan_key(config, shape, device)
     if config.plan != "auto":
-        from pathlib import Path
-
-        plan = Plan.from_json(Path(config.plan).read_text(encoding="utf-8"), where=config.plan)
-        differences = set(key.difference(plan.key)) - {"global_batch"}
+        plan = read_foreign_plan(Path(config.plan))
+        differences = set(key.difference(plan.key)) - _CALLERS_OWN
         if differences:
             raise ConfigError(
                 "the plan was made for something else", got=", ".join(sorted(differences)), fix="run `fastft tune`"
             )
         return plan
     for plan in PlanStore().entries():
-        if set(key.difference(plan.key)) <= {"global_batch", "optimizer", "packing"}:
+        if set(key.difference(plan.key)) <= _CALLERS_OWN:
             return plan
     return None
 

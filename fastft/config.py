@@ -157,6 +157,8 @@ class RunConfig(BaseModel):
                 continue
             if name in LoraConfig.model_fields:
                 lora[name] = value
+            elif name == "lora" and isinstance(value, dict):
+                lora.update(value)
             else:
                 values[name] = value
         if lora:

@@ -234,9 +234,13 @@ def soft_difference(plan: Plan) -> list[str]:
 
 
 def tune_command(config: RunConfig) -> str:
-    """The command that tunes exactly this run: `fastft tune` with every flag that is part of the key."""
-    words = ["fastft", "tune", "--model", config.model]
-    names = ("sequence_tokens", "batch_size", "optimizer", "packing", "quantization", "dtype", "device", "memory_cap")
+    """The command that tunes exactly this run: `fastft tune` with every flag that is part of the key, and with those
+    that let it find the model."""
+    words = ["fastft", "tune", config.model]
+    names = (
+        "sequence_tokens", "batch_size", "optimizer", "packing", "quantization", "dtype", "device", "memory_cap",
+        "offline", "trust_remote_code",
+    )  # fmt: skip
     pairs: list[tuple[str, Any, Any]] = [
         (name, getattr(config, name), RunConfig.model_fields[name].default) for name in names
     ]
@@ -249,7 +253,7 @@ def tune_command(config: RunConfig) -> str:
             continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(flag)
+            words.append(flag if value else f"--no-{flag[2:]}")
         else:
             words += [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
     return shlex.join(words)

@@ -144,7 +144,7 @@ def test_without_a_plan_the_line_says_how_to_find_one(store: PlanStore) -> None:
     found = resolve(CONFIG, SHAPE, CPU, store)
     assert found.plan is None
     assert found.choices == default_choices(CONFIG, SHAPE, "eager", CPU)
-    assert "fastft tune --model toy-llama --sequence-tokens 128" in found.message
+    assert "fastft tune toy-llama --sequence-tokens 128" in found.message
     assert "\n" not in found.message
 
 
@@ -310,12 +310,12 @@ def test_a_model_without_a_specification_has_no_plans(tmp_path: Path) -> None:
 
 def test_the_tune_command_repeats_the_key() -> None:
     config = RunConfig(
-        model="my model", packing=True, quantization="nf4", memory_cap="7.8 GiB", seed=1,
+        model="my model", packing=True, quantization="nf4", memory_cap="7.8 GiB", seed=1, offline=False,
         lora=LoraConfig(rank=8, targets=("q_proj", "v_proj")),
     )  # fmt: skip
-    assert tune_command(RunConfig(model="tiny")) == "fastft tune --model tiny"
+    assert tune_command(RunConfig(model="tiny")) == "fastft tune tiny"
     assert tune_command(config) == (
-        "fastft tune --model 'my model' --packing --quantization nf4 --memory-cap '7.8 GiB' "
+        "fastft tune 'my model' --packing --quantization nf4 --memory-cap '7.8 GiB' --no-offline "
         "--rank 8 --targets q_proj,v_proj"
     )
 

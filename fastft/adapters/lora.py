@@ -10,7 +10,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from fastft.models.quantized import dense_weight, is_quantized
+from fastft.models.quantized import dense_weight, is_packed_for_cpu, is_quantized
+
+_CAPTURING = "transformers.utils.output_capturing"
+"""Its hooks stay once hidden states or attention weights were asked for; idle, unless they are asked for again."""
 
 
 class AdaptedLinear(NamedTuple):
@@ -29,7 +32,7 @@ class AdaptedLinear(NamedTuple):
         return dense_weight(self.module, dtype)
 
 
-def read_linear(module: nn.Module, *, training: bool) -> AdaptedLinear:
+def read_linear(module: nn.Module) -> AdaptedLinear:
     """The tensors of `module`, a plain or LoRA-adapted linear layer for which `why_not_fused` is None."""
     if not isinstance(module, LoraLayer):
         return AdaptedLinear(module, _bias(module), None, None, 0.0, 0.0)
@@ -38,7 +41,7 @@ def read_linear(module: nn.Module, *, training: bool) -> AdaptedLinear:
     if module.disable_adapters or module.merged or not active:
         return AdaptedLinear(base, _bias(base), None, None, 0.0, 0.0)
     (name,) = active
-    dropout = getattr(module.lora_dropout[name], "p", 0.0) if training else 0.0
+    dropout = module.lora_dropout[name]
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
     assert isinstance(a, torch.Tensor)
     assert isinstance(b, torch.Tensor)
@@ -48,16 +51,22 @@ def read_linear(module: nn.Module, *, training: bool) -> AdaptedLinear:
         a,
         b,
         float(module.scaling[name]),
-        float(dropout),
+        float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0,
     )
 
 
 def why_not_fused(module: nn.Module) -> str | None:
     """Why the fused path cannot run this linear layer, or None where it can."""
-    if has_hooks(module):
-        return "it has forward or backward hooks"
+    reason = why_called(module)
+    if reason is not None:
+        return reason
     base = module
     if isinstance(module, LoraLayer):
+        # AdaLoRA's layers, for one, are LoraLayers too, and compute something else.
+        if type(module).__module__.rpartition(".")[0] != "peft.tuners.lora":
+            return f"{type(module).__name__} is not plain LoRA"
+        if module.merged and module.disable_adapters:
+            return "its adapter is merged and disabled"
         base = module.get_base_layer()
         active = [name for name in module.active_adapters if name in module.lora_A]
         if len(active) > 1:
@@ -68,14 +77,17 @@ def why_not_fused(module: nn.Module) -> str | None:
             return "its LoRA has a bias"
         if getattr(module, "fan_in_fan_out", False):
             return "its weight is stored transposed"
-        if any(has_hooks(part[name]) for part in (module.lora_A, module.lora_B) for name in active):
-            return "its adapter has hooks"
-        if has_hooks(base):
-            return "its base layer has hooks"
+        parts = [part[name] for part in (module.lora_A, module.lora_B, module.lora_dropout) for name in active]
+        for what, part in (("base layer", base), *(("adapter", part) for part in parts)):
+            reason = why_called(part)
+            if reason is not None:
+                return f"its {what}: {reason}"
     elif module.__class__.__module__.startswith("peft."):
         return f"{module.__class__.__name__} is not LoRA"
     if not (type(base) is nn.Linear or is_quantized(base)):
         return f"{type(base).__name__} is not a linear layer that the engine knows"
+    if is_packed_for_cpu(base):
+        return "bitsandbytes packed its weight for inference on the CPU"
     if base.weight.requires_grad:
         return "its base weight is trained"
     if base.bias is not None and base.bias.requires_grad:
@@ -83,11 +95,14 @@ def why_not_fused(module: nn.Module) -> str | None:
     return None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether someone listens to this module's forward or backward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def why_called(module: nn.Module) -> str | None:
+    """Why this module has to be called as such, or None where its tensors may be used without it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(getattr(hook, "__module__", None) != _CAPTURING for group in hooks for hook in group.values()):
+        return "it has hooks"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    return None
 
 
 def _bias(module: nn.Module) -> torch.Tensor | None:

@@ -6,20 +6,21 @@ the ledger says why.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastft.adapters.lora import read_linear
 from fastft.backends import Backend
 from fastft.engine.layer import LayerCall, decoder_layer
 from fastft.engine.ledger import Ledger
-from fastft.engine.loss import linear_cross_entropy, shifted_targets
+from fastft.engine.loss import IGNORED, linear_cross_entropy, shifted_targets
 from fastft.engine.norm import RmsNorm
 from fastft.engine.support import why_no_head, why_no_layer, why_no_norm
 from fastft.kernels.attention.library import choose_attention
@@ -28,6 +29,9 @@ from fastft.plan import Policy
 
 STATE = "_fastft"
 """The attribute under which a patched module keeps its `ModuleState`."""
+
+
+_SIZE_STEP = 64
 
 
 @dataclass
@@ -43,16 +47,18 @@ class EngineSettings:
     placement_is_fixed: bool
     """Whether the placement was chosen (a plan, the user), so that gradient checkpointing does not replace it."""
     choose_placement: Callable[[int, int], list[Policy]] | None = None
-    """From (B, S) to the placement, asked when a batch of a new size comes; None where the placement is given."""
+    """From (B, S) to the placement, asked when a batch of a new size comes (S is rounded up to a multiple of 64); None
+    where the placement is given."""
     chosen: dict[tuple[int, int], list[Policy]] = field(default_factory=dict)
 
     def place(self, batch: int, tokens: int) -> None:
         """Set the placement for a micro-batch of `batch` rows of `tokens` tokens."""
         if self.choose_placement is None:
             return
-        size = (batch, tokens)
+        # Rounded up, so that ragged batches share an answer.
+        size = (batch, -(-tokens // _SIZE_STEP) * _SIZE_STEP)
         if size not in self.chosen:
-            self.chosen[size] = self.choose_placement(batch, tokens)
+            self.chosen[size] = self.choose_placement(*size)
         self.placement = self.chosen[size]
 
 
@@ -63,14 +69,27 @@ class ModuleState:
     settings: EngineSettings
     name: str
     index: int = 0
-    original: Callable[..., Any] | None = field(default=None)
+    original: Callable[..., Any] | None = None
     """An instance's own `forward` from before the patch; None means the class's."""
+
+    @property
+    def replaced(self) -> str | None:
+        """The reason not to run fused what somebody else had already given another `forward`."""
+        return None if self.original is None else "its forward was replaced"
 
 
 def state_of(module: nn.Module) -> ModuleState:
     """The state of a patched module."""
     state: ModuleState = module.__dict__[STATE]
     return state
+
+
+def policy_of(layer: nn.Module) -> Policy:
+    """What a patched layer saves: as placed; where that is left open, `full` if gradient checkpointing is on."""
+    state = state_of(layer)
+    if layer.gradient_checkpointing and not state.settings.placement_is_fixed:
+        return "full"
+    return state.settings.placement[state.index]
 
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:
@@ -92,11 +111,13 @@ def layer_forward(
     """A decoder layer: `hidden_states` (B × S × D) to the same."""
     state = state_of(self)
     settings = state.settings
-    policy: Policy = "full" if getattr(self, "gradient_checkpointing", False) else settings.placement[state.index]
-    reason = _why_not_now(self, settings, hidden_states, attention_mask, past_key_values, position_embeddings, kwargs)
+    policy = policy_of(self)
+    reason = state.replaced or _why_not_now(
+        self, settings, hidden_states, attention_mask, past_key_values, position_embeddings, kwargs
+    )
     if reason is None:
         assert position_embeddings is not None
-        call = _layer_call(self, settings, policy, hidden_states, attention_mask, position_embeddings)
+        call = _layer_call(self, state, policy, hidden_states, attention_mask, position_embeddings)
         settings.ledger.fused(state.name, "decoder_layer", settings.ops.name)
         return decoder_layer(hidden_states, call)
     arguments = {
@@ -111,8 +132,8 @@ def layer_forward(
     if not torch.is_grad_enabled():
         return original(hidden_states, **arguments)
     settings.ledger.stock(state.name, "decoder_layer", reason)
-    if policy == "full" and self.training and not getattr(self, "gradient_checkpointing", False):
-        # The stock layer honours the same placement in its own way.
+    if policy == "full" and self.training and not self.gradient_checkpointing and past_key_values is None:
+        # The stock layer honours the same placement in its own way; a cache must not be written twice.
         return checkpoint(original, hidden_states, use_reentrant=False, **arguments)
     return original(hidden_states, **arguments)
 
@@ -121,7 +142,7 @@ def norm_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """The final norm (… × D)."""
     state = state_of(self)
     settings = state.settings
-    reason = why_no_norm(self, settings.spec)
+    reason = state.replaced or why_no_norm(self, settings.spec)
     if reason is None and hidden_states.dtype != self.weight.dtype:
         reason = f"its weight is {self.weight.dtype}, the activations are {hidden_states.dtype}"
     if reason is not None:
@@ -137,27 +158,38 @@ def backbone_forward(
     self: nn.Module,
     input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
-    *args: Any,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: torch.Tensor | None = None,
     use_cache: bool | None = None,
+    *,
+    targets: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
     """The decoder without its head; spares training what only generation needs.
 
     In training, no key/value cache is built unless one is passed or asked for, and a mask that only hides right
     padding is dropped: causal attention never looks to the right, so no real token could see the padding anyway.
+    It stays where padding itself is trained (`targets`, B × S, has some there) and where positions are given: those
+    are taken for packed documents if there is no mask.
     """
     if self.training and torch.is_grad_enabled():
-        embeds = kwargs.get("inputs_embeds")
-        shape = input_ids.shape if input_ids is not None else embeds.shape if embeds is not None else (0, 0)
-        state_of(self).settings.place(shape[0], shape[1])
-        if use_cache is None and kwargs.get("past_key_values") is None:
-            use_cache = False
-        if attention_mask is not None and is_right_padding(attention_mask):
-            attention_mask = None
-            if kwargs.get("position_ids") is None and input_ids is not None:
-                # Said explicitly: without a mask, positions could be taken for packed documents.
-                kwargs["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    return original_forward(self)(input_ids, attention_mask, *args, use_cache=use_cache, **kwargs)
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if inputs is not None:
+            state_of(self).settings.place(*inputs.shape[:2])
+        if past_key_values is None:
+            use_cache = use_cache or False
+            if position_ids is None and attention_mask is not None and hides_only_padding(attention_mask, targets):
+                attention_mask = None
+    return original_forward(self)(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        inputs_embeds=inputs_embeds,
+        use_cache=use_cache,
+        **kwargs,
+    )
 
 
 def causal_lm_forward(
@@ -187,23 +219,22 @@ def causal_lm_forward(
     if labels is None or not torch.is_grad_enabled() or not self.training:
         return original_forward(self)(**arguments, labels=labels, logits_to_keep=logits_to_keep)
     head = self.get_output_embeddings()  # type: ignore[operator]
-    reason = why_no_head(head)
-    if reason is None and kwargs.get("return_dict") is False:
-        reason = "a tuple was asked for"
-    if reason is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-        reason = "only some logits were asked for"
+    reason = state.replaced or why_no_head(head) or _why_no_loss(self, logits_to_keep, kwargs)
     if reason is not None:
         settings.ledger.stock(state.name, "head_and_loss", reason)
         return original_forward(self)(**arguments, labels=labels, logits_to_keep=logits_to_keep)
     settings.ledger.fused(state.name, "head_and_loss", settings.ops.name)
     items = arguments.pop("num_items_in_batch", None)
     shift_labels = arguments.pop("shift_labels", None)
+    targets = shift_labels if shift_labels is not None else shifted_targets(labels)
+    if STATE in self.model.__dict__:
+        arguments["targets"] = targets
     outputs = self.model(**arguments)  # type: ignore[operator]
     hidden = outputs.last_hidden_state
-    targets = shift_labels if shift_labels is not None else shifted_targets(labels)
+    dtype = _compute_dtype(hidden) if torch.is_autocast_enabled(hidden.device.type) else head.weight.dtype
     loss = linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]).to(head.weight.dtype),
-        head.weight,
+        hidden.reshape(-1, hidden.shape[-1]).to(dtype),
+        head.weight.to(dtype),
         targets.reshape(-1).to(hidden.device),
         settings.ops,
         divisor=items,
@@ -236,13 +267,39 @@ class LazyLogitsOutput(CausalLMOutputWithPast):
                 self.logits = value
         return value
 
+    def __getitem__(self, key: Any) -> Any:
+        """By name or position, as in the stock output; whatever may mean the logits computes them."""
+        if key in ("loss", 0):
+            return self.loss
+        _ = self.logits
+        return super().__getitem__(key)
 
-def is_right_padding(attention_mask: torch.Tensor) -> bool:
-    """Whether a (B × S) mask of ones and zeros has its ones first in every row, with at least one."""
+    def to_tuple(self) -> tuple[Any, ...]:
+        """What is there, in the stock output's order."""
+        return tuple(value for each in fields(self) if (value := getattr(self, each.name)) is not None)
+
+
+def hides_only_padding(attention_mask: torch.Tensor, targets: torch.Tensor | None = None) -> bool:
+    """Whether a (B × S) mask has its ones first in every row, at least one, and no target (B × S) outside of them."""
     if attention_mask.dim() != 2 or attention_mask.shape[1] == 0:
         return False
     mask = attention_mask != 0
-    return bool((mask[:, 1:] <= mask[:, :-1]).all() & mask[:, 0].all())
+    answer = (mask[:, 1:] <= mask[:, :-1]).all() & mask[:, 0].all()
+    if targets is not None:
+        answer &= (mask | (targets.to(mask.device) == IGNORED)).all()
+    return bool(answer)
+
+
+def _why_no_loss(model: nn.Module, logits_to_keep: int | torch.Tensor, kwargs: dict[str, Any]) -> str | None:
+    if kwargs.get("return_dict") is False:
+        return "a tuple was asked for"
+    if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        return "only some logits were asked for"
+    if model.loss_function is not ForCausalLMLoss:
+        return f"its loss function is {getattr(model.loss_function, '__name__', model.loss_function)}"
+    if kwargs.get("ignore_index", IGNORED) != IGNORED:
+        return "another ignore_index was asked for"
+    return None
 
 
 def _why_not_now(
@@ -259,11 +316,12 @@ def _why_not_now(
     if position_embeddings is None:
         return "no position embeddings were passed"
     if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4):
-        return f"the attention mask is a {type(attention_mask).__name__}"
+        return f"the attention mask is a {type(attention_mask).__name__} of another kind than B × 1 × S × S"
     if kwargs.get("output_attentions"):
-        return "attention weights were asked for"
-    if "cu_seq_lens_q" in kwargs:
-        return "documents are separated by lengths, not by a mask"
+        return "attention weights are asked for"
+    for name in ("is_causal", "position_bias"):
+        if kwargs.get(name) is not None:
+            return f"attention was given {name}"
     weight = getattr(attrgetter(settings.spec.input_norm)(layer), "weight", None)
     dtype = _compute_dtype(hidden_states)
     if weight is None or not (dtype == weight.dtype == hidden_states.dtype):
@@ -280,23 +338,27 @@ def _compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
 
 def _layer_call(
     layer: nn.Module,
-    settings: EngineSettings,
+    state: ModuleState,
     policy: Policy,
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
 ) -> LayerCall:
-    spec = settings.spec
+    settings, spec = state.settings, state.settings.spec
     input_norm, mlp_norm = attrgetter(spec.input_norm, spec.mlp_norm)(layer)
-    q, k, v, o, gate, up, down = (
-        read_linear(module, training=layer.training) for module in attrgetter(*spec.linears)(layer)
-    )
+    q, k, v, o, gate, up, down = (read_linear(module) for module in attrgetter(*spec.linears)(layer))
     attention_module = attrgetter(spec.o.rpartition(".")[0])(layer)
     B, S, _ = hidden_states.shape
     head_dim = attention_module.head_dim
     cos, sin = (t.reshape(-1, t.shape[-1]).to(hidden_states.dtype) for t in position_embeddings)
-    q_like = hidden_states.new_empty((0,)).expand(B, S, 1, head_dim) if B * S == 0 else hidden_states[..., :head_dim]
-    attention = choose_attention(settings.attention, q_like.unsqueeze(2), attention_mask)
+    # The queries do not exist yet; what they will look like decides.
+    like_queries = hidden_states.new_empty(()).expand(B, S, 1, head_dim)
+    attention = choose_attention(settings.attention, like_queries, attention_mask)
+    if settings.attention not in ("auto", attention.name):
+        reason = f"{settings.attention} cannot run {'with' if attention_mask is not None else 'without'} a mask here"
+        settings.ledger.replaced(f"{state.name}.attention", "attention", attention.name, reason)
+    else:
+        settings.ledger.paths.pop(f"{state.name}.attention", None)
     dropout = any(linear.dropout > 0 for linear in (q, k, v, o, gate, up, down))
     return LayerCall(
         ops=settings.ops,

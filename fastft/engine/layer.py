@@ -10,6 +10,7 @@ Legend: B batch, S sequence, T = B·S tokens, D model, F feed-forward, H query h
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastft.adapters.lora import AdaptedLinear
 from fastft.backends import Backend
@@ -119,6 +120,7 @@ class DecoderLayer(torch.autograd.Function):
         return y.view(shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """Gradients of the input (None where nobody asks) and of each adapter matrix."""
         call: LayerCall = ctx.call

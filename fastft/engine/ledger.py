@@ -13,9 +13,9 @@ class Path(NamedTuple):
     """What one module runs on."""
 
     kind: str
-    """decoder_layer, norm, head_and_loss, backbone."""
+    """decoder_layer, norm, head_and_loss, attention (only where it is not the one that was asked for)."""
     path: str
-    """`fused (triton)`, `stock`, …"""
+    """`fused (triton)`, `stock`, or the attention that runs instead."""
     reason: str = ""
 
     def __str__(self) -> str:
@@ -40,16 +40,24 @@ class Ledger:
         Raises:
             BackendError: the ledger is strict.
         """
+        self.replaced(name, kind, "stock", reason)
+
+    def replaced(self, name: str, kind: str, path: str, reason: str) -> None:
+        """Note that `name` runs on `path` instead of what was asked for.
+
+        Raises:
+            BackendError: the ledger is strict.
+        """
         if self.strict:
             raise BackendError(
-                f"{name} cannot run fused",
+                f"{name} cannot run as asked",
                 got=reason,
-                fix="remove the cause, or drop `strict` to let this module run as stock",
+                fix=f"remove the cause, or drop `strict` to let it run as {path}",
             )
-        self.paths[name] = Path(kind, "stock", reason)
+        self.paths[name] = Path(kind, path, reason)
         if (kind, reason) not in self._told:
             self._told.add((kind, reason))
-            log.warning("%s (%s) runs as stock, because %s", name, kind, reason)
+            log.warning("%s (%s) runs as %s, because %s", name, kind, path, reason)
 
     def counts(self) -> dict[str, int]:
         """How many modules run on each path: `{"decoder_layer: fused (eager)": 28}`."""
@@ -57,5 +65,5 @@ class Ledger:
 
     @property
     def fallbacks(self) -> dict[str, Path]:
-        """The modules that do not run fused."""
-        return {name: path for name, path in self.paths.items() if path.path == "stock"}
+        """What does not run as asked."""
+        return {name: path for name, path in self.paths.items() if path.reason}

@@ -6,6 +6,7 @@ Legend: T tokens, D model.
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastft.backends import Backend
 
@@ -24,6 +25,7 @@ class RmsNorm(torch.autograd.Function):
         return y_TD.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """The input's gradient; the weight is frozen."""
         x_TD, weight_D, rstd_T = ctx.saved_tensors

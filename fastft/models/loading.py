@@ -95,16 +95,17 @@ def load_model(
 ) -> Any:
     """The base model on `device` with weights in `dtype` and SDPA attention; a shape gets random weights from `seed`.
 
-    `more` goes to Hugging Face's `from_pretrained`.
+    `more` goes to Hugging Face's `from_pretrained`, or to its `from_config` for a shape.
 
     Raises:
         ModelError: the weights cannot be read.
         ConfigError: a shape together with quantization on a CPU, or an unknown quantization.
     """
     import transformers
+    from safetensors import SafetensorError
 
     if resolved.kind == "shape":
-        return _random_model(resolved, dtype, device, quantization, seed)
+        return _random_model(resolved, dtype, device, quantization, seed, more)
     options: dict[str, Any] = {
         "dtype": dtype,
         "device_map": {"": device},
@@ -117,7 +118,7 @@ def load_model(
         options["quantization_config"] = quantization_config(quantization, dtype)
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(resolved.source, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"cannot load model {resolved.name}", got=_first_line(error), fix="check that its weights are complete"
         ) from error
@@ -143,7 +144,9 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
     )
 
 
-def _random_model(resolved: ResolvedModel, dtype: torch.dtype, device: str, quantization: str, seed: int) -> Any:
+def _random_model(
+    resolved: ResolvedModel, dtype: torch.dtype, device: str, quantization: str, seed: int, more: dict[str, Any]
+) -> Any:
     import transformers
 
     if quantization != "none":
@@ -152,10 +155,9 @@ def _random_model(resolved: ResolvedModel, dtype: torch.dtype, device: str, quan
             fix="give a model folder, or leave quantization out",
         )  # fmt: skip
     torch.manual_seed(seed)
+    options = {"dtype": dtype, "attn_implementation": "sdpa", **more}
     with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(
-            resolved.config, dtype=dtype, attn_implementation="sdpa"
-        ).to(device)
+        return transformers.AutoModelForCausalLM.from_config(resolved.config, **options).to(device)
 
 
 def load_tokenizer(resolved: ResolvedModel, *, offline: bool = True, trust_remote_code: bool = False) -> Any:
@@ -168,17 +170,20 @@ def load_tokenizer(resolved: ResolvedModel, *, offline: bool = True, trust_remot
         return None
     from transformers import AutoTokenizer
 
+    what = f"cannot load the tokenizer of {resolved.name}"
+    fix = "put tokenizer.json and tokenizer_config.json beside the weights"
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             resolved.source,
             local_files_only=offline or resolved.kind == "folder",
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"cannot load the tokenizer of {resolved.name}", got=_first_line(error),
-            fix="put tokenizer.json and tokenizer_config.json beside the weights",
-        ) from error  # fmt: skip
+        raise ModelError(what, got=_first_line(error), fix=fix) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # Some classes are made without their files, and then turn every text into nothing.
+        raise ModelError(what, got="no vocabulary", fix=fix)
+    return tokenizer
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,9 +8,8 @@ from fastft.errors import BackendError, unknown_choice
 
 
 def _adamw(parameters: list[torch.nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    # One kernel over all adapter matrices instead of several a matrix.
-    fused = all(p.is_floating_point() for p in parameters)
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+    # `fused`: one kernel over all adapter matrices instead of several a matrix.
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def _adamw_8bit(parameters: list[torch.nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -5,6 +5,7 @@ measured is the training step and nothing else.  `fastft train` runs `training.t
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,8 @@ class Session:
         """One optimizer step on a global batch (B × S tensors on the CPU; see `docs/design.md`).
 
         Raises:
-            MeasureError: the loss or the gradient is not finite.
+            MeasureError: the loss or the gradient is not finite; an infinite gradient is none in fp16, where the loss
+                scale is still being found.
         """
         loss = self.forward_backward(batch)
         if self._scaler is not None:
@@ -70,7 +72,7 @@ class Session:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         result = StepResult(float(loss), float(norm))
-        if result.loss != result.loss or (self._scaler is None and result.gradient_norm != result.gradient_norm):
+        if not (math.isfinite(result.loss) and (self._scaler is not None or math.isfinite(result.gradient_norm))):
             raise MeasureError("training diverged", got=f"loss {result.loss}, gradient norm {result.gradient_norm}")
         return result
 
@@ -148,11 +150,13 @@ def build_session(config: RunConfig, choices: Choices, *, seed: int | None = Non
 
 
 def add_adapters(model: Any, config: RunConfig, *, seed: int) -> Any:
-    """The `PeftModel` around `model` that `config.lora` describes; initialised from `seed` as PEFT does."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    """The `PeftModel` around `model` that `config.lora` describes; initialised from `seed` as PEFT does.
 
-    if config.quantization != "none":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    A quantized model keeps its norms and its head in the compute dtype.  `prepare_model_for_kbit_training` would make
+    them fp32, and with them every activation between the layers, which doubles those and leaves nothing to fuse.
+    """
+    from peft import LoraConfig, get_peft_model
+
     lora = config.lora
     torch.manual_seed(seed)
     return get_peft_model(

@@ -88,7 +88,7 @@ def test_the_fastest_wins_and_is_stored_with_all_evidence(store: PlanStore) -> N
     assert evidence.default_tokens_per_second is not None
     assert evidence.best_tokens_per_second > evidence.default_tokens_per_second
     assert evidence.best_tokens_per_second == pytest.approx(16 * 1024 * 1000 / gpu.time_ms(plan.choices), rel=0.01)
-    assert evidence.command == "fastft tune --model llama-3.2-1b --effort quick"
+    assert evidence.command == "fastft tune llama-3.2-1b --effort quick"
     assert evidence.created_at.endswith("+00:00")
     assert evidence.versions["python"]
     assert not (store.cache / "journals").exists() or list((store.cache / "journals").iterdir()) == []

@@ -1,0 +1,217 @@
+"""`fastft plan`: look at the plans in the cache, share them, clean up."""
+
+import itertools
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastft.commands.flags import JsonFlag
+from fastft.config import RunConfig
+from fastft.console import print_json, print_line, print_table, say
+from fastft.errors import BackendError, ConfigError, PlanError
+from fastft.hardware import detect_device
+from fastft.models.shapes import SHAPES
+from fastft.plan import Plan, PlanKey
+from fastft.plan_store import PlanStore, read_foreign_plan
+from fastft.planning import age, gib, plan_key
+
+HERE = "this machine"
+
+PlanArgument = Annotated[str, typer.Argument(metavar="ID", help="A plan's id or the beginning of it.")]
+ForceFlag = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+def list_(as_json: JsonFlag = False) -> None:
+    """List the plans in the cache, the newest first."""
+    store = PlanStore()
+    plans = store.entries()
+    differing = {plan.id: [name for name, *_ in _differences(plan.key, _key_here(plan.key))] for plan in plans}
+    if as_json:
+        print_json([
+            {"id": plan.id, "model": plan.model_name, "origin": plan.origin, "created_at": plan.evidence.created_at,
+             "choices": plan.choices.model_dump(), "tokens_per_second": plan.evidence.best_tokens_per_second,
+             "device": plan.key.device, "differs_here": differing[plan.id], "path": str(store.path(plan.key))}
+            for plan in plans
+        ])  # fmt: skip
+        return
+    if not plans:
+        say(f"no plans in {store.folder}; `fastft tune MODEL` makes one")
+        return
+    rows = [
+        [plan.id, plan.model_name or "?", f"{plan.origin} {age(plan.evidence.created_at)}",
+         f"{plan.evidence.best_tokens_per_second or 0:,.0f}", plan.choices.summary(),
+         "yes" if not differing[plan.id] else f"no: {', '.join(differing[plan.id])}"]
+        for plan in plans
+    ]  # fmt: skip
+    print_table(["ID", "MODEL", "ORIGIN", "TOKENS/S", "CHOICES", "FITS HERE"], rows)
+
+
+def show(id: PlanArgument, as_json: JsonFlag = False) -> None:
+    """Show a plan: for what it holds, its choices, its evidence."""
+    plan = PlanStore().find(id)
+    if as_json:
+        print_json({"id": plan.id, **plan.model_dump()})
+        return
+    evidence = plan.evidence
+    print_line(f"plan {plan.id}: {plan.choices.summary()}")
+    print_line(
+        f"{plan.origin} {age(evidence.created_at)} ({evidence.created_at or 'no date'}) by {evidence.command or '?'}"
+    )
+    print_line("")
+    print_table(["  FIELD", "VALUE"], [[f"  {name}", _shown(value)] for name, value in _flat(plan.key).items()])
+    print_line("")
+    choices = plan.choices.model_dump()
+    print_table(["  CHOICE", "VALUE"], [[f"  {name}", _shown(value)] for name, value in choices.items()])
+    print_line("")
+    rows = [
+        [f"  {trial.choices.summary()}", trial.verdict.replace("_", " "),
+         "" if trial.tokens_per_second is None else f"{trial.tokens_per_second:,.0f}",
+         "" if trial.peak_bytes is None else gib(trial.peak_bytes)]
+        for trial in evidence.trials
+    ]  # fmt: skip
+    print_table(["  TRIED", "VERDICT", "TOKENS/S", "PEAK"], rows)
+
+
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="A plan's id, the beginning of it, or a plan file.")],
+    second: Annotated[
+        str | None, typer.Argument(metavar="B", help="Another one; without it, this machine as it is now.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Name the fields in which two plans differ.
+
+    With one plan, name those in which it differs from this machine: why it does not hold here.
+    """
+    plan = _find(first)
+    other = None if second is None else _find(second)
+    differences = _differences(plan.key, other.key if other else _key_here(plan.key))
+    if other is not None:
+        mine, theirs = plan.choices.model_dump(), other.choices.model_dump()
+        differences += [(f"choices.{name}", mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]]
+    if as_json:
+        print_json({name: [mine, theirs] for name, mine, theirs in differences})
+        return
+    right = HERE if other is None else other.id
+    if not differences:
+        say(f"plan {plan.id} holds here" if other is None else "the two plans are for the same and choose the same")
+        return
+    print_table(["FIELD", plan.id, right], [[name, _shown(mine), _shown(theirs)] for name, mine, theirs in differences])
+
+
+def export(
+    id: PlanArgument,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The file to write.")],
+    force: ForceFlag = False,
+) -> None:
+    """Write a plan to a file, to be imported elsewhere."""
+    store = PlanStore()
+    plan = store.find(id)
+    store.export(plan, path, force=force)
+    print_line(f"plan {plan.id} written to {path}")
+
+
+def import_(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A plan file.")],
+    force: ForceFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check a plan file and keep it, labelled imported."""
+    store = PlanStore()
+    plan = store.import_file(path, force=force)
+    differing = _differences(plan.key, _key_here(plan.key))
+    if as_json:
+        kept = str(store.path(plan.key))
+        print_json({"id": plan.id, "path": kept, "differs_here": [name for name, *_ in differing]})
+        return
+    print_line(f"plan {plan.id} imported: {plan.choices.summary()}")
+    if differing:
+        names = ", ".join(name for name, *_ in differing)
+        say(f"warning: it does not hold on this machine, which differs in {names}; see fastft plan diff {plan.id[:8]}")
+
+
+def verify(as_json: JsonFlag = False) -> None:
+    """Check every file in the cache: schema, checksum, name."""
+    store = PlanStore()
+    checked = store.verify()
+    if as_json:
+        print_json({str(path): problem for path, problem in checked})
+    else:
+        for path, problem in checked:
+            print_line(f"{'ok ' if problem is None else 'bad'} {path}" + (f": {problem}" if problem else ""))
+        if not checked:
+            say(f"no plans in {store.folder}")
+    bad = [path for path, problem in checked if problem is not None]
+    if bad:
+        raise PlanError(f"{len(bad)} of {len(checked)} plans are bad", fix="tune again; a run moves a bad file away")
+
+
+def prune(
+    older_than: Annotated[float | None, typer.Option(metavar="DAYS", help="Remove plans older than this.")] = None,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Remove plans of this device made with other software or kernels.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Remove plans that are old or outdated."""
+    if older_than is None and not stale:
+        raise ConfigError("prune needs to know what to remove", got="neither", allowed=["--older-than DAYS", "--stale"],
+                          fix="name one")  # fmt: skip
+    if older_than is not None and older_than < 0:
+        raise ConfigError("--older-than is not valid", got=older_than, allowed="0 and more days", fix="correct it")
+    removed = PlanStore().prune(older_than, stale=_outdated if stale else None)
+    if as_json:
+        print_json([plan.id for plan in removed])
+        return
+    for plan in removed:
+        print_line(f"removed {plan.id}: {plan.model_name or '?'}, {plan.origin} {age(plan.evidence.created_at)}")
+    say(f"{len(removed)} plans removed")
+
+
+def _find(name: str) -> Plan:
+    """A plan of the cache by its id, or a plan file."""
+    path = Path(name)
+    return read_foreign_plan(path) if path.suffix == ".json" or path.is_file() else PlanStore().find(name)
+
+
+def _key_here(key: PlanKey) -> PlanKey:
+    """`key` with what belongs to the machine replaced by this machine's: device, software, kernels."""
+    kind = "cpu" if key.compute_capability is None else "cuda"
+    try:
+        device = detect_device(kind)
+    except BackendError:
+        device = detect_device()
+    mine = plan_key(RunConfig(), SHAPES["toy-llama"], device)  # of which only the machine's fields are taken
+    machine = ("device", "compute_capability", "multiprocessors", "device_memory_bytes", "versions", "kernels_sha256",
+               "world_size", "search_space")  # fmt: skip
+    return key.model_copy(update={name: getattr(mine, name) for name in machine})
+
+
+def _outdated(plan: Plan) -> bool:
+    """Whether a plan is for this device, but for software or kernels that are not here any more."""
+    names = {name.partition(".")[0] for name, *_ in _differences(plan.key, _key_here(plan.key))}
+    return bool(names) and names <= {"versions", "kernels_sha256", "search_space"}
+
+
+def _differences(mine: PlanKey, theirs: PlanKey) -> list[tuple[str, Any, Any]]:
+    """(field, mine, theirs) of every differing field, nested ones by their path."""
+    left, right = _flat(mine), _flat(theirs)
+    names = dict.fromkeys((*left, *right))
+    return [(name, left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)]
+
+
+def _flat(key: PlanKey) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in key.model_dump().items():
+        flat |= {f"{name}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        counted = [(item, len(list(run))) for item, run in itertools.groupby(value)]
+        return ", ".join(str(item) if count == 1 else f"{count}×{item}" for item, count in counted)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 2**30:
+        return gib(value)
+    return str(value)

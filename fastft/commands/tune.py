@@ -1,0 +1,204 @@
+"""`fastft tune`: measure this device once and keep the fastest plan that trains the same thing."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastft.commands.flags import KEY_FLAGS, JsonFlag, run_flags
+from fastft.config import RunConfig
+from fastft.console import Meter, keeping, print_json, print_line, progress, say
+from fastft.errors import ConfigError, FastftError
+from fastft.files import write_atomically
+from fastft.hardware import Device, detect_device
+from fastft.models.shapes import SHAPES, ModelShape
+from fastft.plan import Choices, Evidence, Plan, PlanKey
+from fastft.plan_store import PlanStore
+from fastft.planning import age, gib, model_shape, plan_key
+from fastft.siblings import import_sibling
+
+if TYPE_CHECKING:
+    from autotune.search import Progress, TuneResult
+
+GATE_LAYERS = 4
+"""Depth at which a shipped shape is checked: one layer a placement policy."""
+
+
+@run_flags(*KEY_FLAGS)
+def tune(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A local folder, a hub name, a shipped shape, or tiny.")
+    ] = None,
+    model_flag: Annotated[str | None, typer.Option("--model", help="The same as MODEL.", hidden=True)] = None,
+    effort: Annotated[
+        str, typer.Option(metavar="quick|full|exhaustive", help="How much is tried: minutes, more, or everything.")
+    ] = "quick",
+    max_minutes: Annotated[float | None, typer.Option(help="Start no measurement that would end later.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be tried.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Measure again even if there is a plan.")] = False,
+    as_json: JsonFlag = False,
+    **run: Any,
+) -> None:
+    """Measure this device; keep the fastest plan for a model.
+
+    Every later run with the same model, adapter, batch and length follows the plan; a second call returns it from
+    the cache.  The plan changes how training is computed, never what is trained: before it is kept, its gradients
+    are compared with those of stock PEFT.
+    """
+    config = RunConfig.load(model=_one_model(model, model_flag), **run)
+    if max_minutes is not None and not max_minutes > 0:
+        raise ConfigError("--max-minutes is not valid", got=max_minutes, allowed="more than 0", fix="leave it out")
+    device, store = detect_device(config.device), PlanStore()
+    shape = model_shape(config, store.cache)
+    if dry_run:
+        _list_candidates(config, effort, shape, device, as_json)
+        return
+    with progress() as meter:
+        result = tune_verified(
+            config, meter, effort=effort, max_minutes=max_minutes, force=force, store=store, shape=shape, device=device
+        )
+    plan, path = result.plan, store.path(result.plan.key)
+    if as_json:
+        print_json({"cached": result.cached, "id": plan.id, "path": str(path), "plan": plan.model_dump()})
+        return
+    print_line(f"plan {plan.id}: {plan.choices.summary()}")
+    evidence = plan.evidence
+    origin = f"from the cache, {plan.origin} {age(evidence.created_at)}" if result.cached else (
+        f"tuned in {evidence.seconds:,.0f} s, {len(evidence.trials)} measurements"
+    )  # fmt: skip
+    print_line("; ".join([origin, *_speeds(plan)]))
+    print_line(f"kept in {path}; `fastft train` with the same model and settings follows it")
+
+
+def tune_verified(
+    config: RunConfig,
+    meter: Meter,
+    *,
+    effort: str = "quick",
+    max_minutes: float | None = None,
+    force: bool = False,
+    store: PlanStore | None = None,
+    shape: ModelShape | None = None,
+    device: Device | None = None,
+) -> "TuneResult":
+    """`autotune.search.tune` with a meter, and with the bench's parity gate on what wins.
+
+    Raises:
+        FastftError: as `autotune.search.tune`.
+    """
+    store, device = store or PlanStore(), device or detect_device(config.device)
+    shape = shape or model_shape(config, store.cache)
+    key = plan_key(config, shape, device)
+    meter.update(f"tuning {config.model} on {device.name}")
+    with keeping("what was measured is kept, and the same command goes on from there"):
+        result: TuneResult = import_sibling("autotune.search").tune(
+            config, effort=effort, max_minutes=max_minutes, force=force, store=store, shape=shape, device=device,
+            on_progress=lambda progress: _show(progress, meter),
+            verify_plan=lambda choices: gradients_agree(config, key, choices, meter),
+        )  # fmt: skip
+    return result
+
+
+def gradients_agree(config: RunConfig, key: PlanKey, choices: Choices, meter: Meter) -> bool:
+    """Whether the gradients of `choices` pass the bench's parity gate, in a process of its own.
+
+    Where the gate cannot say, because the fp32 reference does not fit for example, a warning says so and the answer
+    is yes: the bench asks again before it prints any ratio.
+    """
+    if choices.backend == "peft":
+        return True
+    meter.update(f"comparing the gradients of {choices.summary()} with stock PEFT")
+    bench, messages, scenarios = map(import_sibling, ("bench.runner", "bench.messages", "bench.scenarios"))
+    with tempfile.TemporaryDirectory(prefix="fastft-gate-") as folder:
+        candidate = Path(folder) / "candidate.json"
+        write_atomically(candidate, Plan(key=key, choices=choices, evidence=Evidence(trials=[])).to_json())
+        scenario = scenarios.Scenario(
+            name="tune",
+            config=config.model_copy(update={"plan": str(candidate), "backend": "auto", "micro_batch": None}),
+            arms=(choices.backend,), steps=2, data="random",
+            gate=scenarios.GateSize(layers=GATE_LAYERS if config.model in SHAPES else None),
+        )  # fmt: skip
+        try:
+            answer = bench.ask_worker(
+                messages.GateRequest(scenario=scenario, arm=choices.backend), log_file=Path(folder) / "gate.log",
+                timeout_seconds=scenario.timeout_seconds, environment=bench.worker_environment(config),
+            )  # fmt: skip
+            problem = answer.error
+        except FastftError as error:
+            answer, problem = None, str(error)
+    if answer is None or answer.gate is None:
+        meter.line(f"warning: the gradients of the plan could not be compared with stock PEFT's: {problem}")
+        return True
+    parity = answer.gate.parity
+    figures = f"relative error {parity.max_relative_error:.1e}, allowed {parity.tolerance:.1e}"
+    if parity.passed:
+        meter.line(f"gradients agree with stock PEFT's: {figures}")
+    else:
+        meter.line(f"{choices.summary()} is refused: {answer.gate.reason or figures}")
+    return bool(parity.passed)
+
+
+def _one_model(model: str | None, flag: str | None) -> str:
+    if (model is None) == (flag is None):
+        raise ConfigError(
+            "tune needs one model", got="none" if model is None else f"{model} and --model {flag}",
+            allowed=["tiny", *SHAPES, "a local folder", "a hub name (owner/name)"],
+            fix="write it like `fastft tune tiny`",
+        )  # fmt: skip
+    return model or flag or ""
+
+
+def _list_candidates(config: RunConfig, effort: str, shape: ModelShape, device: Device, as_json: bool) -> None:
+    search = import_sibling("autotune.search")
+    import_sibling("autotune.space")
+    candidates: list[Choices] = search.dry_run(config, effort=effort, shape=shape, device=device)
+    if as_json:
+        print_json([choices.model_dump() for choices in candidates])
+        return
+    for number, choices in enumerate(candidates, 1):
+        print_line(f"{number:3}. {choices.summary()}{' (the default)' if number == 1 else ''}")
+    say(f"up to {len(candidates)} candidates on {device.name}, fewer where one rules out others; nothing was measured")
+
+
+def _show(progress: "Progress", meter: Meter) -> None:
+    """One event of the tuner on the meter."""
+    if progress.phase == "waiting":
+        meter.line("another tuning runs on this device; waiting for it to end")
+        return
+    if progress.choices is None:
+        return
+    rate = progress.best.tokens_per_second if progress.best is not None else None
+    best = f"; best so far {rate:,.0f} tokens/s" if rate is not None else ""
+    left = f"; {_duration(progress.eta_seconds)} left" if progress.eta_seconds else ""
+    done = progress.index - (progress.trial is None)
+    text = f"{progress.index} of up to {progress.total}: {progress.choices.summary()}{best}{left}"
+    meter.update(text, done, progress.total)
+    trial = progress.trial
+    if trial is None:
+        return
+    outcome = trial.verdict.replace("_", " ")
+    if trial.verdict == "ok":
+        outcome = f"{trial.tokens_per_second or 0:,.0f} tokens/s"
+        if trial.peak_bytes is not None:
+            outcome += f", peak {gib(trial.peak_bytes)}"
+    elif trial.detail:
+        outcome += f": {trial.detail.splitlines()[0][:160]}"
+    meter.line(f"{progress.index} of up to {progress.total}: {trial.choices.summary()}: {outcome}")
+
+
+def _speeds(plan: Plan) -> list[str]:
+    best, default = plan.evidence.best_tokens_per_second, plan.evidence.default_tokens_per_second
+    if best is None:
+        return []
+    words = [f"{best:,.0f} tokens/s"]
+    if default is not None:
+        stood = plan.evidence.trials and plan.evidence.trials[0].choices == plan.choices
+        words[0] += ", which is what the default does" if stood else f", {best / default:.2f}× the default"
+    peaks = [t.peak_bytes for t in plan.evidence.trials if t.choices == plan.choices and t.peak_bytes is not None]
+    return [*words, f"peak {gib(max(peaks))}"] if peaks else words
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

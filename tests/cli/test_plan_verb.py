@@ -1,0 +1,160 @@
+"""`fastft plan`: list, show, diff, export, import, verify, prune."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastft.plan import Plan
+from fastft.plan_store import PlanStore
+
+Cli = Callable[..., Any]
+
+
+def on_another_machine(plan: Plan) -> Plan:
+    """`plan` as if tuned on a GPU with an older torch."""
+    key = plan.key.model_copy(
+        update={
+            "device": "Other GPU", "compute_capability": "8.0", "multiprocessors": 108,
+            "versions": {**plan.key.versions, "torch": "2.11.0"},
+        }
+    )  # fmt: skip
+    return plan.model_copy(update={"key": key})
+
+
+def outdated(plan: Plan) -> Plan:
+    """`plan` as if tuned here with other kernels."""
+    return plan.model_copy(update={"key": plan.key.model_copy(update={"kernels_sha256": "0" * 64})})
+
+
+def test_the_list_says_what_fits_here(cli: Cli, saved_plan: Plan, store: PlanStore) -> None:
+    store.save(old := outdated(saved_plan))
+    header, *lines = cli("plan", "list").stdout.splitlines()
+    assert header.split() == ["ID", "MODEL", "ORIGIN", "TOKENS/S", "CHOICES", "FITS", "HERE"]
+    by_id = {line.split()[0]: line for line in lines}
+    assert by_id[saved_plan.id].endswith("yes")
+    assert "toy-llama  tuned 3 days ago  2,000 " in by_id[saved_plan.id]
+    assert by_id[old.id].endswith("no: kernels_sha256")
+    answer = json.loads(cli("plan", "list", "--json").stdout)
+    assert {plan["id"]: plan["differs_here"] for plan in answer} == {saved_plan.id: [], old.id: ["kernels_sha256"]}
+
+
+def test_an_empty_list_says_how_to_begin(cli: Cli, store: PlanStore) -> None:
+    result = cli("plan", "list")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == f"no plans in {store.folder}; `fastft tune MODEL` makes one\n"
+    assert json.loads(cli("plan", "list", "--json").stdout) == []
+
+
+def test_show_by_the_beginning_of_the_id(cli: Cli, saved_plan: Plan) -> None:
+    text = cli("plan", "show", saved_plan.id[:6]).stdout
+    assert text.startswith(f"plan {saved_plan.id}: eager, 2×2 sequences, placement 2×full + 1×keep\n")
+    lines = [line.split() for line in text.splitlines()]
+    assert ["lora_rank", "16"] in lines
+    assert ["model_shape.layers", "3"] in lines
+    assert ["placement", "2×full,", "keep"] in lines
+    assert any(line[-4:] == ["ok", "2,000", "0.50", "GiB"] for line in lines)
+    answer = json.loads(cli("plan", "show", saved_plan.id, "--json").stdout)
+    assert answer.pop("id") == saved_plan.id
+    assert Plan.model_validate(answer) == saved_plan
+
+
+def test_diff_names_fields_and_choices(cli: Cli, saved_plan: Plan, make_plan: Callable[..., Plan], work: Path) -> None:
+    other = make_plan(rank=8, batch_size=8)
+    (work / "other.json").write_text(other.to_json())
+    header, *lines = cli("plan", "diff", saved_plan.id, "other.json").stdout.splitlines()
+    assert header.split() == ["FIELD", saved_plan.id, other.id]
+    assert [line.split() for line in lines] == [
+        ["lora_rank", "16", "8"],
+        ["global_batch", "4", "8"],
+        ["choices.micro_batch", "2", "4"],
+    ]
+    answer = json.loads(cli("plan", "diff", saved_plan.id, "other.json", "--json").stdout)
+    assert answer == {"lora_rank": [16, 8], "global_batch": [4, 8], "choices.micro_batch": [2, 4]}
+
+
+def test_diff_with_this_machine(cli: Cli, saved_plan: Plan, work: Path) -> None:
+    assert cli("plan", "diff", saved_plan.id).stderr == f"plan {saved_plan.id} holds here\n"
+    (work / "theirs.json").write_text(on_another_machine(saved_plan).to_json())
+    answer = json.loads(cli("plan", "diff", "theirs.json", "--json").stdout)
+    assert {"device", "compute_capability", "multiprocessors", "versions.torch"} <= set(answer)
+    assert answer["versions.torch"] == ["2.11.0", saved_plan.key.versions["torch"]]
+    assert "lora_rank" not in answer
+
+
+def test_export_and_import(cli: Cli, saved_plan: Plan, store: PlanStore, work: Path) -> None:
+    assert (
+        cli("plan", "export", saved_plan.id[:8], "ours.json").stdout == f"plan {saved_plan.id} written to ours.json\n"
+    )
+    store.path(saved_plan.key).unlink()
+    result = cli("plan", "import", "ours.json")
+    assert result.stdout == f"plan {saved_plan.id} imported: {saved_plan.choices.summary()}\n"
+    assert result.stderr == ""
+    assert store.entries() == [saved_plan.model_copy(update={"origin": "imported"})]
+
+
+def test_an_imported_plan_that_does_not_hold_here_is_labelled(
+    cli: Cli, make_plan: Callable[..., Plan], work: Path, store: PlanStore
+) -> None:
+    plan = outdated(make_plan())
+    (work / "theirs.json").write_text(plan.to_json())
+    result = cli("plan", "import", "theirs.json")
+    assert result.exit_code == 0
+    assert result.stderr == (
+        "warning: it does not hold on this machine, which differs in kernels_sha256; "
+        f"see fastft plan diff {plan.id[:8]}\n"
+    )
+    again = json.loads(cli("plan", "import", "theirs.json", "--force", "--json").stdout)
+    assert again == {"id": plan.id, "path": str(store.path(plan.key)), "differs_here": ["kernels_sha256"]}
+
+
+def test_an_import_does_not_replace_a_tuned_plan(cli: Cli, saved_plan: Plan, store: PlanStore, work: Path) -> None:
+    other = saved_plan.model_copy(update={"choices": saved_plan.choices.model_copy(update={"attention": "sdpa"})})
+    (work / "other.json").write_text(other.to_json())
+    result = cli("plan", "import", "other.json")
+    assert result.stderr == (
+        f"error: a plan for the same key is here already; got {saved_plan.id}; "
+        "fix: export it first, or import with --force\n"
+    )
+    assert result.exit_code == 7
+    assert store.entries() == [saved_plan]
+    assert cli("plan", "import", "other.json", "--force").exit_code == 0
+    assert store.entries()[0].choices.attention == "sdpa"
+
+
+def test_verify_names_the_bad_file_and_moves_nothing(cli: Cli, saved_plan: Plan, store: PlanStore) -> None:
+    good = store.path(saved_plan.key)
+    assert cli("plan", "verify").stdout == f"ok  {good}\n"
+    bad = store.folder / "0123456789abcdef.json"
+    bad.write_text(good.read_text()[:100])
+    result = cli("plan", "verify")
+    assert f"bad {bad}: plan {bad} is not JSON; " in result.stdout
+    assert f"ok  {good}\n" in result.stdout
+    assert result.stderr == "error: 1 of 2 plans are bad; fix: tune again; a run moves a bad file away\n"
+    assert result.exit_code == 6
+    assert bad.exists()
+    report = json.loads(cli("plan", "verify", "--json").stdout)
+    assert report[str(good)] is None
+    assert "is not JSON" in report[str(bad)]
+
+
+def test_prune_removes_what_is_named_and_no_more(cli: Cli, saved_plan: Plan, store: PlanStore) -> None:
+    foreign, old = on_another_machine(saved_plan), outdated(saved_plan)
+    store.save(foreign)
+    store.save(old)
+    assert json.loads(cli("plan", "prune", "--older-than", "4", "--json").stdout) == []
+    result = cli("plan", "prune", "--stale")
+    assert result.stdout == f"removed {old.id}: toy-llama, tuned 3 days ago\n"
+    assert result.stderr == "1 plans removed\n"
+    assert {plan.id for plan in store.entries()} == {saved_plan.id, foreign.id}
+    removed = json.loads(cli("plan", "prune", "--older-than", "2", "--json").stdout)
+    assert set(removed) == {saved_plan.id, foreign.id}
+    assert store.entries() == []
+
+
+@pytest.mark.parametrize("days", ["-1", "soon"])
+def test_prune_takes_days(days: str, cli: Cli, saved_plan: Plan, store: PlanStore) -> None:
+    assert cli("plan", "prune", "--older-than", days).exit_code == 2
+    assert store.entries() == [saved_plan]

@@ -1,0 +1,453 @@
+"""The patched `forward`s against stock: every form of input, output and mode that callers use."""
+
+# B rows, S tokens a row, V vocabulary
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastft import ledger_of, patch_model
+from fastft.engine.forwards import LazyLogitsOutput, hides_only_padding
+
+TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32
+
+
+def on_device(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@pytest.fixture
+def equal_to_stock(step, error_of):
+    """Asserts that loss and gradients equal stock's; gives the ledger's reasons."""
+
+    def check(model: Any, batch: dict[str, Tensor], rows: int | None = None, **more: Any) -> dict[str, str]:
+        loss, gradients = step(model, batch, rows, **more)
+        patch_model(model, backend="eager", placement=["light", "mlp", "full"], loss_chunk_tokens=11)
+        fused_loss, fused = step(model, batch, rows, **more)
+        assert fused_loss == pytest.approx(loss, rel=1e-5)
+        assert error_of(fused, gradients) < TOLERANCE
+        return {name: path.reason for name, path in ledger_of(model).fallbacks.items()}
+
+    return check
+
+
+# Masks and positions
+
+
+def test_right_padding_with_the_positions_that_stock_would_take(toy, batch_of, equal_to_stock):
+    batch = batch_of("right")
+    batch["position_ids"] = torch.arange(23).expand(4, -1).contiguous()
+    assert not equal_to_stock(toy(), batch)
+
+
+def test_right_padding_with_positions_counted_from_the_mask(toy, batch_of, equal_to_stock):
+    batch = batch_of("right")
+    mask_BS = batch["attention_mask"]
+    batch["position_ids"] = (mask_BS.cumsum(-1) - 1).masked_fill(mask_BS == 0, 1)
+    assert not equal_to_stock(toy(), batch)
+
+
+def test_a_mask_of_ones_over_packed_positions_means_one_document(toy, batch_of, equal_to_stock):
+    """So it is in stock: documents are told apart by their positions only where there is no mask."""
+    batch = batch_of("packed")
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    assert not equal_to_stock(toy(), batch)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_labelled_padding_sees_what_it_sees_in_stock(shifted, toy, batch_of, equal_to_stock):
+    """Labels copied from the ids train the padding too; it may then attend to the tokens only."""
+    batch = batch_of("right")
+    batch["labels"] = batch["input_ids"].clone()
+    if shifted:
+        batch["shift_labels"] = batch["labels"].roll(-1, 1)
+    assert not equal_to_stock(toy(), batch)
+
+
+def test_a_row_of_padding_alone(toy, batch_of, equal_to_stock):
+    batch = batch_of("right")
+    batch["attention_mask"][2] = 0
+    batch["labels"][2] = -100
+    assert not equal_to_stock(toy(), batch)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_a_mask_of_four_dimensions(kind, toy, batch_of, equal_to_stock):
+    """A prefix that sees itself in both directions."""
+    batch = batch_of("none")
+    mask_BS = torch.ones(23, 23, dtype=torch.bool).tril()
+    mask_BS[:5, :5] = True
+    mask = mask_BS[None, None].expand(4, 1, 23, 23).contiguous()
+    batch["attention_mask"] = mask if kind == "bool" else torch.zeros(mask.shape).masked_fill(~mask, -1e30)
+    assert not equal_to_stock(toy(), batch)
+
+
+def test_windows_of_some_layers(toy, batch_of, equal_to_stock):
+    """Qwen2's `layer_types`; right padding, so that the mask of the full layers is dropped."""
+    types = ["full_attention", "sliding_attention", "sliding_attention"]
+    windows = {"use_sliding_window": True, "sliding_window": 4, "layer_types": types}
+    batch = batch_of("right")
+    assert not equal_to_stock(toy("toy-qwen2", base=windows), batch)
+    model = toy("toy-qwen2", base=windows)
+    plain = toy("toy-qwen2")
+    assert model(**on_device(model, batch)).loss.item() != pytest.approx(plain(**on_device(plain, batch)).loss.item())
+
+
+def test_stock_with_eager_attention(toy, batch_of, equal_to_stock):
+    """Its masks are additive and always there."""
+    for form in ("right", "packed"):
+        assert not equal_to_stock(toy(base={"attn_implementation": "eager"}), batch_of(form))
+
+
+def test_inputs_as_embeddings(toy, batch_of, step, error_of):
+    for form in ("right", "left"):
+        batch = batch_of(form)
+        results = []
+        for patched in (False, True):
+            model = toy()
+            given = dict(batch)
+            with torch.no_grad():
+                embeds = model.get_input_embeddings()(given.pop("input_ids").to(next(model.parameters()).device))
+            given["inputs_embeds"] = embeds
+            if patched:
+                patch_model(model, backend="eager")
+            results.append(step(model, given, 2))
+        assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+        assert error_of(results[1][1], results[0][1]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("mask", "answer"),
+    [
+        ([[1, 1, 1]], True),
+        ([[1, 1, 0], [1, 0, 0]], True),
+        ([[0, 1, 1]], False),
+        ([[1, 0, 1]], False),
+        ([[1, 1, 0], [0, 0, 0]], False),
+    ],
+)
+def test_which_masks_hide_padding_only(mask, answer):
+    mask_BS = torch.tensor(mask)
+    assert hides_only_padding(mask_BS) is answer
+    assert hides_only_padding(mask_BS.bool()) is answer
+    if answer:
+        labelled = torch.where(mask_BS == 1, 5, -100)
+        assert hides_only_padding(mask_BS, labelled)
+        assert hides_only_padding(mask_BS, torch.full_like(mask_BS, 5)) is bool(mask_BS.all())
+
+
+def test_a_mask_of_another_shape_hides_more():
+    assert not hides_only_padding(torch.ones(1, 1, 3, 3))
+    assert not hides_only_padding(torch.ones(2, 0))
+
+
+def test_the_mask_of_right_padding_is_dropped_and_others_stay(toy, batch_of):
+    model = toy()
+    patch_model(model, backend="eager")
+    seen = []
+    layer = model.get_base_model().model.layers[0]
+    layer.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+    for form in ("none", "right", "left", "packed"):
+        model(**on_device(model, batch_of(form)))
+    assert [mask is None for mask in seen] == [True, True, False, False]
+
+
+# Accumulation and the loss
+
+
+def test_sixteen_rows_at_once_equal_sixteen_times_one(toy, batch_of, step, error_of):
+    batch = batch_of("right", B=16)
+    model = toy("toy-qwen2")
+    patch_model(model, backend="eager")
+    loss, gradients = step(model, batch)
+    for rows in (1, 5):
+        other_loss, other = step(model, batch, rows)
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        assert error_of(other, gradients) < TOLERANCE
+
+
+def test_packed_rows_equal_their_documents(toy, batch_of, step, error_of):
+    packed = batch_of("packed", B=2, S=21)
+    model = toy()
+    patch_model(model, backend="eager")
+    loss, gradients = step(model, packed)
+    ids, labels = packed["input_ids"], packed["labels"].clone()
+    apart = {"input_ids": torch.full((4, 14), 9), "labels": torch.full((4, 14), -100)}
+    apart["attention_mask"] = torch.zeros(4, 14, dtype=torch.int64)
+    for row in range(2):
+        for part, (begin, end) in enumerate([(0, 7), (7, 21)]):
+            apart["input_ids"][2 * row + part, : end - begin] = ids[row, begin:end]
+            apart["labels"][2 * row + part, : end - begin] = labels[row, begin:end]
+            apart["attention_mask"][2 * row + part, : end - begin] = 1
+    apart_loss, other = step(model, apart)
+    assert apart_loss == pytest.approx(loss, rel=1e-5)
+    assert error_of(other, gradients) < TOLERANCE
+
+
+def test_a_micro_batch_without_a_label_gives_zero(toy, batch_of):
+    model = toy()
+    patch_model(model, backend="eager")
+    batch = on_device(model, batch_of("right"))
+    batch["labels"][:] = -100
+    for items in (None, 5, 0):
+        model.zero_grad()
+        more = {} if items is None else {"num_items_in_batch": items}
+        loss = model(**batch, **more).loss
+        loss.backward()
+        assert loss.item() == 0
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("items", [17, torch.tensor(17), torch.tensor(17.0)], ids=["int", "tensor", "float tensor"])
+def test_the_number_of_items_is_the_callers(items, toy, batch_of):
+    model = toy()
+    batch = on_device(model, batch_of("right"))
+    expected = model(**batch, num_items_in_batch=items).loss
+    mean = model(**batch).loss
+    patch_model(model, backend="eager")
+    torch.testing.assert_close(model(**batch, num_items_in_batch=items).loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(model(**batch).loss, mean, rtol=1e-6, atol=0)
+    assert expected > 2 * mean
+
+
+def test_shifted_labels_replace_the_labels(toy, batch_of, equal_to_stock):
+    batch = batch_of("none")
+    batch["shift_labels"] = batch["input_ids"].flip(1)
+    assert not equal_to_stock(toy(), batch)
+
+
+def test_another_loss_function_is_used(toy, batch_of, equal_to_stock, caplog):
+    model = toy()
+
+    def double(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+        return 2 * torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    model.get_base_model().loss_function = double
+    assert equal_to_stock(model, batch_of("none")) == {"lm_head": "its loss function is double"}
+    assert "its loss function is double" in caplog.text
+
+
+def test_another_ignored_label_is_used(toy, batch_of, equal_to_stock):
+    batch = batch_of("none")
+    batch["labels"][batch["labels"] == -100] = 7
+    reasons = equal_to_stock(toy(), batch, ignore_index=7)
+    assert reasons == {"lm_head": "another ignore_index was asked for"}
+
+
+# Outputs
+
+
+def test_logits_are_computed_when_read_and_once(toy, batch_of):
+    model = toy()
+    batch = on_device(model, batch_of("right"))
+    expected = model(**batch).logits
+    patch_model(model, backend="eager")
+    calls = []
+    head = model.get_output_embeddings()
+    original = head.forward
+    model.get_base_model().get_output_embeddings = lambda: head
+    output = model(**batch)
+    assert isinstance(output, LazyLogitsOutput)
+    assert list(output.keys()) == ["loss"]
+    head.forward = lambda hidden: calls.append(1) or original(hidden)
+    assert output["loss"] is output.loss is output[0]
+    assert not calls
+    mask_BS = batch["attention_mask"] == 1
+    torch.testing.assert_close(output.logits[mask_BS], expected[mask_BS], rtol=1e-4, atol=1e-5)
+    assert output.logits is output["logits"] is output[1]
+    assert len(calls) == 1
+    output.logits.sum().backward()
+
+
+@pytest.mark.parametrize("key", [1, "logits", slice(0, 2)], ids=str)
+def test_logits_by_index(key, toy, batch_of):
+    model = toy()
+    batch = on_device(model, batch_of("none"))
+    stock = model(**batch, output_hidden_states=True)
+    patch_model(model, backend="eager")
+    output = model(**batch, output_hidden_states=True)
+    expected, got = stock[key], output[key]
+    if isinstance(key, slice):
+        assert len(got) == 2
+        expected, got = expected[1], got[1]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tuple_where_one_is_asked_for(toy, batch_of):
+    model = toy()
+    batch = on_device(model, batch_of("none"))
+    stock = model(**batch, return_dict=False)
+    patch_model(model, backend="eager")
+    loss, logits = model(**batch, return_dict=False)[:2]
+    torch.testing.assert_close(loss, stock[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(logits, stock[1], rtol=1e-4, atol=1e-5)
+    assert ledger_of(model).fallbacks["lm_head"].reason == "a tuple was asked for"
+    loss.backward()
+
+
+def test_some_logits(toy, batch_of):
+    model = toy()
+    ids = on_device(model, batch_of("none"))["input_ids"]
+    expected = model(input_ids=ids, logits_to_keep=2).logits
+    patch_model(model, backend="eager")
+    torch.testing.assert_close(model(input_ids=ids, logits_to_keep=2).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_without_labels_carry_gradients(toy, batch_of, error_of):
+    gradients = []
+    for patched in (False, True):
+        model = toy()
+        if patched:
+            patch_model(model, backend="eager")
+        model(**{"input_ids": on_device(model, batch_of("none"))["input_ids"]}).logits.square().mean().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert error_of(gradients[1], gradients[0]) < TOLERANCE
+
+
+def test_hidden_states_equal_stocks_and_layers_stay_fused(toy, batch_of, step):
+    model = toy()
+    batch = on_device(model, batch_of("none"))
+    expected = model(**batch, output_hidden_states=True).hidden_states
+    patch_model(model, backend="eager")
+    for got, wanted in zip(model(**batch, output_hidden_states=True).hidden_states, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    step(model, batch_of("none"))
+    assert not ledger_of(model).fallbacks
+
+
+def test_attention_weights_equal_stocks(toy, batch_of, step):
+    model = toy(base={"attn_implementation": "eager"})
+    batch = on_device(model, batch_of("none"))
+    expected = model(**batch, output_attentions=True).attentions
+    patch_model(model, backend="eager")
+    got = model(**batch, output_attentions=True).attentions
+    assert len(got) == 3
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert ledger_of(model).fallbacks["layers.0"].reason == "attention weights are asked for"
+    step(model, batch_of("none"))
+    assert not ledger_of(model).fallbacks, "only for that call"
+
+
+def test_no_cache_in_training_unless_asked_for(toy, batch_of, step, error_of):
+    batch = batch_of("none")
+    model = toy()
+    assert model(**on_device(model, batch)).past_key_values is not None, "stock builds one"
+    loss, gradients = step(model, batch, use_cache=True)
+    patch_model(model, backend="eager")
+    assert model(**on_device(model, batch)).past_key_values is None
+    fused_loss, fused = step(model, batch, use_cache=True)
+    assert ledger_of(model).fallbacks["layers.0"].reason == "a key/value cache is in use"
+    assert fused_loss == pytest.approx(loss, rel=1e-5)
+    assert error_of(fused, gradients) < TOLERANCE
+
+
+# Modes
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_grad"])
+@pytest.mark.parametrize("form", ["right", "left"])
+def test_evaluation_gives_stocks_output(mode, form, toy, batch_of):
+    model = toy("toy-qwen2")
+    batch = on_device(model, batch_of(form))
+    if mode == "eval":
+        model.eval()
+    with torch.set_grad_enabled(mode == "eval"):
+        expected = model(**batch)
+        patch_model(model, backend="eager")
+        output = model(**batch)
+    assert not isinstance(output, LazyLogitsOutput)
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", ["toy-llama", "toy-qwen2"])
+def test_generation_equals_stock_token_by_token(family, training, toy, batch_of):
+    model = toy(family)
+    model.train(training)
+    batch = on_device(model, batch_of("left", S=9))
+    wanted = {
+        "input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "max_new_tokens": 8,
+        "do_sample": False, "pad_token_id": 0,
+    }  # fmt: skip
+    expected = model.generate(**wanted)
+    patch_model(model, backend="eager")
+    assert torch.equal(model.generate(**wanted), expected)
+    assert torch.equal(model.generate(**wanted, use_cache=False), expected)
+    assert not ledger_of(model).fallbacks, "generation is no fallback"
+
+
+def test_autocast_over_fp32_weights_runs_stock_aloud(toy, batch_of, step, caplog):
+    model = toy()
+    batch = batch_of("right")
+    _, exact = step(model, batch)
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        stock_loss, stock = step(model, batch)
+        patch_model(model, backend="eager")
+        with caplog.at_level(logging.WARNING):
+            loss, fused = step(model, batch)
+    assert "computes in torch.bfloat16 on torch.float32 weights" in caplog.text
+    assert all(ledger_of(model).paths[f"layers.{index}"].path == "stock" for index in range(3))
+    assert loss == pytest.approx(stock_loss, rel=1e-3)
+
+    def error(gradients: dict[str, Tensor]) -> float:
+        flat, flat_exact = (torch.cat([g[name].flatten() for name in exact]) for g in (gradients, exact))
+        return float((flat - flat_exact).norm() / flat_exact.norm())
+
+    assert 1e-4 < error(fused) <= 1.5 * error(stock)
+
+
+def test_under_autocast_the_head_computes_in_the_dtype_of_autocast(toy, batch_of, monkeypatch):
+    """In fp32 it would be several times slower, and the loss another than stock's."""
+    from fastft.engine import forwards
+
+    seen = []
+    original = forwards.linear_cross_entropy
+
+    def spy(hidden: Tensor, head: Tensor, *rest: Any, **more: Any) -> Tensor:
+        seen.append((hidden.dtype, head.dtype))
+        return original(hidden, head, *rest, **more)
+
+    monkeypatch.setattr(forwards, "linear_cross_entropy", spy)
+    model = toy()
+    patch_model(model, backend="eager")
+    batch = on_device(model, batch_of("none"))
+    model(**batch)
+    with torch.autocast(batch["labels"].device.type, dtype=torch.bfloat16):
+        model(**batch)
+    assert seen == [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
+
+
+def test_autocast_in_the_models_own_dtype_stays_fused(toy, batch_of, step, error_of):
+    model = toy(base={"dtype": torch.bfloat16})
+    patch_model(model, backend="eager", strict=True)
+    loss, gradients = step(model, batch_of("right"))
+    with torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16):
+        again, same = step(model, batch_of("right"))
+    assert again == pytest.approx(loss, rel=1e-5)
+    assert error_of(same, gradients) < (1e-2 if torch.cuda.is_available() else 1e-12)
+
+
+def test_fp32_norms_over_bf16_weights_run_stock_aloud(toy, batch_of, step, error_of):
+    """`prepare_model_for_kbit_training` leaves such models."""
+    model = toy(base={"dtype": torch.bfloat16})
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "embed" in name:
+            parameter.data = parameter.data.float()
+    stock = copy.deepcopy(model)
+    batch = batch_of("right")
+    with torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16):
+        loss, gradients = step(stock, batch)
+        patch_model(model, backend="eager")
+        fused_loss, fused = step(model, batch)
+    assert "layers.1" in ledger_of(model).fallbacks
+    assert fused_loss == pytest.approx(loss, rel=1e-3)
+    assert error_of(fused, gradients) < 0.02
