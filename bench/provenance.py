@@ -1,5 +1,6 @@
 """Where a record comes from: commit, command line and time."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -20,8 +21,19 @@ class Provenance:
 
 
 def provenance() -> Provenance:
-    """The commit of this checkout and the command line of this process."""
-    return Provenance(git_commit=git_commit(), command=shlex.join(sys.orig_argv))
+    """The commit of this checkout and the command line of this process.
+
+    A copy without its history (a container, say) may be told its commit in `FASTFT_COMMIT`.
+    """
+    commit = git_commit() or os.environ.get("FASTFT_COMMIT")
+    return Provenance(git_commit=commit, command=command_line())
+
+
+def command_line() -> str:
+    """How to run this again: `fastft bench …`, whatever the interpreter and wherever it is installed."""
+    program = Path(sys.argv[0])
+    ours = program.stem == "fastft" or program.parts[-2:] == ("fastft", "__main__.py")
+    return shlex.join(["fastft" if ours else program.name, *sys.argv[1:]])
 
 
 def utc_now() -> str:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from fastft.errors import BackendError, unknown_choice
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "fastft")
+PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 KERNEL_FOLDERS = ("kernels", "engine", "backends")
 
 # The driver API's names: https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__TYPES.html
@@ -83,6 +83,10 @@ def resolve_dtype(wanted: str, device: Device) -> str:
 def software_versions() -> dict[str, str]:
     """Versions of Python, CUDA (that torch was built for) and the packages that matter; "none" where absent."""
     versions = {"python": platform.python_version(), "cuda": _torch_cuda_version() or "none"}
+    from fastft import __version__
+
+    # The package's own, which a source tree has without being installed.
+    versions["fastft"] = __version__
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -170,9 +170,9 @@ def _show(progress: "Progress", meter: Meter) -> None:
         return
     rate = progress.best.tokens_per_second if progress.best is not None else None
     best = f"; best so far {rate:,.0f} tokens/s" if rate is not None else ""
-    left = f"; {_duration(progress.eta_seconds)} left" if progress.eta_seconds else ""
+    left = f", {_duration(progress.eta_seconds)} left" if progress.eta_seconds else ""
     done = progress.index - (progress.trial is None)
-    text = f"{progress.index} of up to {progress.total}: {progress.choices.summary()}{best}{left}"
+    text = f"{progress.index} of up to {progress.total}{left}: {progress.choices.summary()}{best}"
     meter.update(text, done, progress.total)
     trial = progress.trial
     if trial is None:

@@ -78,7 +78,8 @@ class Session:
 
     def forward_backward(self, batch: Batch) -> torch.Tensor:
         """Add the global batch's gradients to the adapters; its loss, detached, on the device."""
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         items = int((batch["labels"][:, 1:] != IGNORED).sum())
         total = torch.zeros((), device=self.device)
         for part in micro_batches(batch, self.choices.micro_batch):

@@ -35,8 +35,22 @@ def test_without_git_there_is_no_commit(tmp_path, monkeypatch):
     assert git_commit() is None
 
 
-def test_the_command_line_and_time_are_recorded():
-    assert "pytest" in provenance().command
+@pytest.mark.parametrize("program", ["/usr/local/bin/fastft", "/somewhere/fastft/__main__.py"])
+def test_the_command_can_be_typed_again(monkeypatch, program):
+    monkeypatch.setattr("sys.argv", [program, "bench", "my scenario.toml"])
+    assert provenance().command == "fastft bench 'my scenario.toml'"
+
+
+def test_a_copy_without_history_may_be_told_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance().git_commit is None
+    monkeypatch.setenv("FASTFT_COMMIT", "abc")
+    assert provenance().git_commit == "abc"
+
+
+def test_the_command_line_and_time_are_recorded(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/x/tool.py", "--flag"])
+    assert provenance().command == "tool.py --flag"
     written = datetime.datetime.fromisoformat(utc_now())
     assert written.utcoffset() == datetime.timedelta(0)
     assert abs(datetime.datetime.now(datetime.UTC) - written) < datetime.timedelta(minutes=1)

@@ -131,8 +131,8 @@ def test_the_last_line_says_where_the_report_is_and_what_it_found(
     result = cli("demo", "--output", "first")
     assert result.exit_code == 0, result.stderr
     (last,) = result.stdout.splitlines()
-    assert last.startswith("report in first/report/report.html: embedded, ")
-    assert "steps: eager is 2.00× stock PEFT in tokens/s" in last
+    assert last.startswith("report in first/report/report.html: embedded")
+    assert ": eager is 2.00× stock PEFT in tokens/s" in last
     assert "0.500× its memory above the model" in last
     assert "exact match 96.0 % vs 95.0 %" in last
     text = (work / "first" / "report" / "report.md").read_text()
