@@ -8,7 +8,6 @@ wrong inside becomes a verdict; what kills the process is the runner's to judge.
 
 import contextlib
 import gc
-import signal
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fastft.config import RunConfig
 from fastft.plan import Choices, Trial
+from fastft.processes import die_with_parent
 from fastft.record import Memory
 
 MARKER = "FASTFT_TRIAL "
@@ -152,17 +152,9 @@ def _peak_reached() -> int | None:
     return None
 
 
-def _die_with_parent() -> None:
-    """If the tuner is killed, its probe must not go on holding the device (`man 2 prctl`, PR_SET_PDEATHSIG)."""
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
 def main() -> None:
     """Read the request from stdin, print the verdict line."""
-    _die_with_parent()
+    die_with_parent()
     request = ProbeRequest.model_validate_json(sys.stdin.read())
     # Libraries print to stdout; the verdict line is found by its marker, the last one counts.
     print("\n" + MARKER + probe(request).model_dump_json(), flush=True)

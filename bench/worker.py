@@ -21,6 +21,7 @@ from bench.scenarios import Scenario
 from bench.weights import adapter_tensors, base_checksum, load_adapter
 from fastft.errors import FastftError, MeasureError, ModelError
 from fastft.files import canonical_json, write_atomically
+from fastft.processes import die_with_parent
 from fastft.record import Accuracy, Record
 
 if TYPE_CHECKING:
@@ -213,6 +214,7 @@ def _accuracy(scenario: Scenario, session: Any, initial: "dict[str, Tensor]", be
 
 def main() -> int:
     """Answer the request on stdin; the exit code is 0 whenever there is an answer."""
+    die_with_parent()
     try:
         request = Request.validate_json(sys.stdin.buffer.read())
         if isinstance(request, GateRequest):

@@ -3,6 +3,7 @@
 Data go to stdout, everything else to stderr.  An error is one line there, and its class is the exit code.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -164,6 +165,9 @@ app.add_typer(plans, name="plan")
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; `arguments` are the process's by default."""
+    # Before torch is loaded, for this process and its workers.  OpenMP threads that spin while they wait take whole
+    # time slices from each other as soon as anything else runs on the machine (docs/log.md: 330 ms became 9.5 s).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A closed pipe that nobody reads any more is no reason for a traceback.
     with suppress(BrokenPipeError):
         app(arguments)

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastft.commands.flags import KEY_FLAGS, JsonFlag, OutputFlag, run_flags
+from fastft.config import RunConfig
 from fastft.console import keeping, print_json, print_line, print_table, progress, say
-from fastft.errors import MeasureError
+from fastft.data.formats import load_rows
+from fastft.errors import MeasureError, ModelError
+from fastft.planning import model_shape
 from fastft.record import Record
 from fastft.siblings import import_sibling
 
@@ -38,20 +41,40 @@ def bench(
     """
     folder = output or Path("runs") / f"{Path(scenario).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = None if arms is None else [word.strip() for word in arms.split(",") if word.strip()]
+    chosen = import_sibling("bench.scenarios").load_scenario(scenario)
+    chosen = chosen.changed(config={name: value for name, value in run.items() if value is not None})
+    _require_inputs(chosen.config, chosen.data == "rows")
+    runner = import_sibling("bench.runner")
     with progress() as meter, keeping(f"the records so far are in {folder}"):
-        runner = import_sibling("bench.runner")
 
         def show(event: Any) -> None:
             meter.update(event.text, event.done, event.total)
             meter.line(f"[{event.done}/{event.total}] {event.text}")
 
         records: list[Record] = runner.run_bench(
-            scenario, arms=names, repetitions=repetitions, output=folder, on_progress=show,
-            config_overrides={name: value for name, value in run.items() if value is not None},
-        )  # fmt: skip
+            chosen, arms=names, repetitions=repetitions, output=folder, on_progress=show
+        )
     file = folder / runner.RECORDS
     _show_comparison(records, file, as_json)
     require_measured(records)
+
+
+def _require_inputs(config: RunConfig, reads_rows: bool) -> None:
+    """Check model and data before a folder is made: in the workers their absence would be a failed record each.
+
+    Raises:
+        ModelError: the model is not found.
+        DataError: the data file cannot be used.
+    """
+    try:
+        model_shape(config)
+    except ModelError:
+        # A family without plans is fine for stock PEFT; a model that is not there raises here as well.
+        from fastft.models.loading import resolve_model
+
+        resolve_model(config.model, offline=config.offline, trust_remote_code=config.trust_remote_code)
+    if reads_rows and config.data != "embedded":
+        load_rows(Path(config.data))
 
 
 def require_measured(records: Sequence[Record]) -> None:

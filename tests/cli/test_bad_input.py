@@ -179,6 +179,16 @@ CASES = {
         "fix: choose another folder or remove this one; nothing was overwritten",
         {"taken/records.jsonl": "precious"},
     ),
+    "bench of an unknown model": Case(
+        "bench embedded --model tinny", 4,
+        f"model is unknown; got tinny; allowed: a hub name (owner/name), a local folder, {SHAPES}; "
+        "fix: did you mean 'tiny'?",
+    ),
+    "bench of missing data": Case(
+        "bench embedded-quick --data nope.jsonl", 3,
+        "cannot read the data file nope.jsonl; got No such file or directory; allowed: a JSONL or JSON file; "
+        "fix: check the path",
+    ),
     "report of nothing": Case(
         "report runs", 3,
         "no records found; got runs; allowed: a .jsonl file of records or a folder with some; "

@@ -19,7 +19,8 @@ from fastft.record import Accuracy, Memory, Parity, Record, write_records
 from fastft.training.trainer import TrainResult
 
 Cli = Callable[..., Any]
-QUICK = Pace(start=8.0, step=0.2, stock_step=0.24)
+QUICK = Pace(start=7.0, step=0.19, stock_step=0.22)
+"""Two quiet cores."""
 
 
 def test_a_quick_machine_gets_every_repetition_and_step() -> None:
@@ -27,7 +28,7 @@ def test_a_quick_machine_gets_every_repetition_and_step() -> None:
 
 
 def test_two_quiet_cores_get_an_interval_within_six_minutes() -> None:
-    left = 360 - 72 - 10 - 8  # after tuning and training, before the report
+    left = 360 - 64 - 10 - 5  # after tuning and training, before the report
     rounds, steps = QUICK.affordable(left, 200)
     assert rounds == ROUNDS
     assert GOOD_STEPS <= steps < 200
@@ -219,14 +220,15 @@ def test_a_folder_in_use_is_refused_before_anything_is_measured(
 @pytest.mark.parametrize(
     ("trials", "trained", "pace"),
     [
-        ([("eager", [500.0, 400.0]), ("peft", [600.0])], 0.3, Pace(8.0, 0.2, 0.3)),
-        ([("eager", [5000.0]), ("peft", [6000.0])], 0.3, Pace(8.0, 0.3, 0.36)),
-        ([("eager", [400.0])], 0.3, Pace(8.0, 0.2, 0.3)),
-        ([("peft", [400.0])], 0.3, Pace(8.0, 0.2, 0.2)),
-        ([], 0.3, Pace(8.0, 0.3, 0.45)),
+        ([("eager", [500.0, 400.0]), ("peft", [600.0])], 0.3, Pace(8.0 * demo.START_FACTOR, 0.3, 0.45)),
+        ([("eager", [500.0, 400.0]), ("peft", [600.0])], 3.0, Pace(8.0 * demo.START_FACTOR, 0.4, 0.6)),
+        ([("eager", [5000.0]), ("peft", [6000.0])], 0.3, Pace(8.0 * demo.START_FACTOR, 0.3, 0.36)),
+        ([("eager", [400.0])], 0.3, Pace(8.0 * demo.START_FACTOR, 0.3, 0.45)),
+        ([("peft", [400.0])], 0.3, Pace(8.0 * demo.START_FACTOR, 0.3, 0.3)),
+        ([], 0.3, Pace(8.0 * demo.START_FACTOR, 0.3, 0.45)),
     ],
 )
-def test_the_pace_is_the_quietest_that_was_seen(
+def test_the_pace_is_that_of_training_unless_something_disturbed_it(
     trials: list[tuple[str, list[float]]],
     trained: float,
     pace: Pace,
