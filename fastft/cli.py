@@ -4,6 +4,7 @@ Data go to stdout, everything else to stderr.  An error is one line there, and i
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -168,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # Before torch is loaded, for this process and its workers.  OpenMP threads that spin while they wait take whole
     # time slices from each other as soon as anything else runs on the machine (docs/log.md: 330 ms became 9.5 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Ended politely, it ends its workers as after Ctrl-C; by default they would go on alone.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # A closed pipe that nobody reads any more is no reason for a traceback.
     with suppress(BrokenPipeError):
         app(arguments)

@@ -161,9 +161,9 @@ def test_a_reader_that_leaves_gets_no_complaint(environment: dict[str, str]) -> 
     assert done.returncode == 141
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGINT"), reason="no signals")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_tuning_says_what_is_kept(
-    environment: dict[str, str], started: list[subprocess.Popen[str]], tmp_path: Path
+    sent: signal.Signals, environment: dict[str, str], started: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     """A probe that never ends stands for a long one."""
     code = """
@@ -183,7 +183,7 @@ main(["tune", "toy-llama", "--sequence-tokens", "16", "--batch-size", "4", "--de
     assert process.stdout is not None
     assert process.stdout.readline() == "probing\n"
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert stderr.splitlines()[-1] == (
