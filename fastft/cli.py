@@ -3,7 +3,6 @@
 Data go to stdout, everything else to stderr.  An error is one line there, and its class is the exit code.
 """
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -166,9 +165,6 @@ app.add_typer(plans, name="plan")
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; `arguments` are the process's by default."""
-    # Before torch is loaded, for this process and its workers.  OpenMP threads that spin while they wait take whole
-    # time slices from each other as soon as anything else runs on the machine (docs/log.md: 330 ms became 9.5 s).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Ended politely, it ends its workers as after Ctrl-C; by default they would go on alone.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # A closed pipe that nobody reads any more is no reason for a traceback.

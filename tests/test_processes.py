@@ -3,10 +3,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-CHILD = "from fastft.processes import die_with_parent; die_with_parent(); print('up', flush=True); import time; time.sleep(60)"
+CHILD = """
+import time
+from fastft.processes import die_with_parent
+die_with_parent()
+print("up", flush=True)
+time.sleep(60)
+"""
 PARENT = f"""
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], stdout=subprocess.PIPE, text=True)
@@ -26,9 +33,9 @@ def test_a_worker_ends_when_what_started_it_is_killed():
     parent.wait()
     for _ in range(100):
         try:
-            with open(f"/proc/{child}/stat") as file:
-                if file.read().rpartition(")")[2].split()[0] == "Z":  # dead; nobody has reaped it yet
-                    return
+            stat = Path(f"/proc/{child}/stat").read_text()
+            if stat.rpartition(")")[2].split()[0] == "Z":  # dead; nobody has reaped it yet
+                return
         except FileNotFoundError:
             return
         time.sleep(0.05)

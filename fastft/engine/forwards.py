@@ -27,6 +27,10 @@ from fastft.kernels.attention.library import choose_attention
 from fastft.models.spec import LayerSpec
 from fastft.plan import Policy
 
+_ROWS = "_fastft_real_rows"
+"""The keyword by which the backbone tells its layers which rows are real."""
+_WORTH_LEAVING_OUT = 0.05
+"""Share of padding from which on leaving it out pays for the copies around attention."""
 STATE = "_fastft"
 """The attribute under which a patched module keeps its `ModuleState`."""
 
@@ -109,6 +113,7 @@ def layer_forward(
     **kwargs: Any,
 ) -> torch.Tensor:
     """A decoder layer: `hidden_states` (B × S × D) to the same."""
+    rows_R = kwargs.pop(_ROWS, None)
     state = state_of(self)
     settings = state.settings
     policy = policy_of(self)
@@ -117,7 +122,7 @@ def layer_forward(
     )
     if reason is None:
         assert position_embeddings is not None
-        call = _layer_call(self, state, policy, hidden_states, attention_mask, position_embeddings)
+        call = _layer_call(self, state, policy, hidden_states, attention_mask, position_embeddings, rows_R)
         settings.ledger.fused(state.name, "decoder_layer", settings.ops.name)
         return decoder_layer(hidden_states, call)
     arguments = {
@@ -170,8 +175,8 @@ def backbone_forward(
 
     In training, no key/value cache is built unless one is passed or asked for, and a mask that only hides right
     padding is dropped: causal attention never looks to the right, so no real token could see the padding anyway.
-    It stays where padding itself is trained (`targets`, B × S, has some there) and where positions are given: those
-    are taken for packed documents if there is no mask.
+    The layers then leave padding out of all but attention.  The mask stays where padding itself is trained (`targets`,
+    B × S, has some there) and where positions are given: those are taken for packed documents if there is no mask.
     """
     if self.training and torch.is_grad_enabled():
         inputs = input_ids if input_ids is not None else inputs_embeds
@@ -180,6 +185,9 @@ def backbone_forward(
         if past_key_values is None:
             use_cache = use_cache or False
             if position_ids is None and attention_mask is not None and hides_only_padding(attention_mask, targets):
+                rows_R = real_rows(attention_mask)
+                if rows_R is not None:
+                    kwargs[_ROWS] = rows_R
                 attention_mask = None
     return original_forward(self)(
         input_ids=input_ids,
@@ -279,6 +287,12 @@ class LazyLogitsOutput(CausalLMOutputWithPast):
         return tuple(value for each in fields(self) if (value := getattr(self, each.name)) is not None)
 
 
+def real_rows(attention_mask: torch.Tensor) -> torch.Tensor | None:
+    """Which of the B·S tokens a (B × S) mask leaves visible (int64), or None where nearly all are."""
+    rows_R = attention_mask.flatten().nonzero().squeeze(1)
+    return rows_R if rows_R.numel() < (1 - _WORTH_LEAVING_OUT) * attention_mask.numel() else None
+
+
 def hides_only_padding(attention_mask: torch.Tensor, targets: torch.Tensor | None = None) -> bool:
     """Whether a (B × S) mask has its ones first in every row, at least one, and no target (B × S) outside of them."""
     if attention_mask.dim() != 2 or attention_mask.shape[1] == 0:
@@ -343,6 +357,7 @@ def _layer_call(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    rows_R: torch.Tensor | None,
 ) -> LayerCall:
     settings, spec = state.settings, state.settings.spec
     input_norm, mlp_norm = attrgetter(spec.input_norm, spec.mlp_norm)(layer)
@@ -351,6 +366,9 @@ def _layer_call(
     B, S, _ = hidden_states.shape
     head_dim = attention_module.head_dim
     cos, sin = (t.reshape(-1, t.shape[-1]).to(hidden_states.dtype) for t in position_embeddings)
+    if rows_R is not None:
+        # Row t of the angles is that of token t % S; with padding left out, each real token gets its own.
+        cos, sin = (t.index_select(0, rows_R % t.shape[0]) for t in (cos, sin))
     # The queries do not exist yet; what they will look like decides.
     like_queries = hidden_states.new_empty(()).expand(B, S, 1, head_dim)
     attention = choose_attention(settings.attention, like_queries, attention_mask)
@@ -377,6 +395,7 @@ def _layer_call(
         cos_Sd=cos,
         sin_Sd=sin,
         mask=attention_mask,
+        rows_R=rows_R,
         # Drawn from the CPU's generator, which `torch.manual_seed` fixes, without touching the device's.
         seed=int(torch.randint(2**62, ()).item()) if dropout else 0,
     )

@@ -46,6 +46,9 @@ class LayerCall(NamedTuple):
     sin_Sd: torch.Tensor
     mask: torch.Tensor | None
     """What attention may see: None for causal, else (B, 1, S, S)."""
+    rows_R: torch.Tensor | None
+    """Which of the B·S tokens are real, ascending (int64), where the others are right padding and worth leaving out:
+    everything but attention then runs on R rows only, and the output of the others is zero.  None for all."""
     seed: int
     """Of the dropout masks; a recomputation draws the same ones."""
 
@@ -105,7 +108,8 @@ class DecoderLayer(torch.autograd.Function):
         # The adapters reach the linears through `call`; as arguments they are what autograd sees.
         with torch.autocast(x_BSD.device.type, enabled=False):
             shape = x_BSD.shape
-            made, attention_saved = _attention_block(_Activations(x_BSD.reshape(-1, shape[-1])), call, shape)
+            x = _pick(x_BSD.reshape(-1, shape[-1]), call.rows_R)
+            made, attention_saved = _attention_block(_Activations(x), call, shape)
             made = _gate_up_block(made, call)
             assert made.x2 is not None
             act = call.ops.swiglu(made.gate, made.up)
@@ -117,7 +121,7 @@ class DecoderLayer(torch.autograd.Function):
             kept = [tensor if name in saved else None for name, tensor in made._asdict().items()]
             ctx.call, ctx.shape = call, shape
             ctx.save_for_backward(*kept, *(attention_saved if "attended" in saved else ()), *adapters)
-        return y.view(shape)
+        return _spread(y, call.rows_R, shape[0] * shape[1]).view(shape)
 
     @staticmethod
     @once_differentiable
@@ -128,7 +132,8 @@ class DecoderLayer(torch.autograd.Function):
         fields = len(_Activations._fields)
         made = _Activations(*tensors[:fields])
         attention_saved = tensors[fields : len(tensors) - 2 * len(call.linears)]
-        dy = grad_outputs[0].reshape(made.x.shape).to(made.x.dtype)
+        B, S, D = ctx.shape
+        dy = _pick(grad_outputs[0].reshape(-1, D), call.rows_R).to(made.x.dtype)
         needs_dx = ctx.needs_input_grad[0]
         del tensors
 
@@ -141,7 +146,7 @@ class DecoderLayer(torch.autograd.Function):
         gradients = [*attention_gradients, *mlp_gradients]
         wanted = ctx.needs_input_grad[2:]
         return (
-            None if dx is None else dx.view(ctx.shape),
+            None if dx is None else _spread(dx, call.rows_R, B * S).view(ctx.shape),
             None,
             *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
         )
@@ -155,10 +160,10 @@ def _attention_block(
     h1, rstd1 = call.ops.rms_norm(made.x, call.input_norm_D, call.input_eps)
     (q, k, v), low_qkv = lora_linear(h1, call.qkv, seed=call.seed + _QKV)
     for rotated in (q, k):
-        call.ops.rope_(rotated.view(B * S, -1, call.head_dim), call.cos_Sd, call.sin_Sd)
-    q, k, v = (t.view(B, S, -1, call.head_dim) for t in (q, k, v))
-    attended, attention_saved = call.attention.forward(q, k, v, call.mask, call.scale)
-    attended = attended.reshape(B * S, -1)
+        call.ops.rope_(rotated.view(rotated.shape[0], -1, call.head_dim), call.cos_Sd, call.sin_Sd)
+    per_sequence = (_spread(t, call.rows_R, B * S).view(B, S, -1, call.head_dim) for t in (q, k, v))
+    attended, attention_saved = call.attention.forward(*per_sequence, call.mask, call.scale)
+    attended = _pick(attended.reshape(B * S, -1), call.rows_R)
     (o,), low_o = lora_linear(attended, (call.o,), seed=call.seed + _O)
     x2, h2, rstd2 = call.ops.add_rms_norm(o, made.x, call.mlp_norm_D, call.mlp_eps)
     made = made._replace(
@@ -214,14 +219,17 @@ def _attention_backward(
     assert made.attended is not None
     o = lora_linear_backward((dx2,), made.attended, made.low_o, (call.o,), seed=call.seed + _O)
     assert o.dx_TI is not None
-    heads = (B, S, -1, call.head_dim)
-    dq, dk, dv = call.attention.backward(
-        o.dx_TI.view(heads), made.q, made.k, made.v, made.attended.view(heads), attention_saved, call.mask, call.scale
+    dattended, q, k, v, attended = (
+        _spread(t, call.rows_R, B * S).view(B, S, -1, call.head_dim)
+        for t in (o.dx_TI, made.q, made.k, made.v, made.attended)
+        if t is not None
     )
-    rows = [d.reshape(B * S, -1) for d in (dq, dk, dv)]
-    del dq, dk, dv
+    d_qkv = call.attention.backward(dattended, q, k, v, attended, attention_saved, call.mask, call.scale)
+    del dattended, q, k, v, attended
+    rows = [_pick(d.reshape(B * S, -1), call.rows_R) for d in d_qkv]
+    del d_qkv
     for rotated in rows[:2]:
-        call.ops.rope_(rotated.view(B * S, -1, call.head_dim), call.cos_Sd, call.sin_Sd, inverse=True)
+        call.ops.rope_(rotated.view(rotated.shape[0], -1, call.head_dim), call.cos_Sd, call.sin_Sd, inverse=True)
     h1 = made.h1
     if h1 is None and any(linear.a is not None for linear in call.qkv):
         h1, _ = call.ops.rms_norm(made.x, call.input_norm_D, call.input_eps)
@@ -232,6 +240,16 @@ def _attention_backward(
     if not needs_dx:
         return None, gradients
     return call.ops.rms_norm_backward(qkv.dx_TI, made.x, call.input_norm_D, made.rstd1, dx2), gradients
+
+
+def _pick(x_TD: torch.Tensor, rows_R: torch.Tensor | None) -> torch.Tensor:
+    """The real tokens' rows (R × D), or all."""
+    return x_TD if rows_R is None else x_TD.index_select(0, rows_R)
+
+
+def _spread(x_RD: torch.Tensor, rows_R: torch.Tensor | None, tokens: int) -> torch.Tensor:
+    """The inverse: rows back in their places (T × D), zeros elsewhere."""
+    return x_RD if rows_R is None else x_RD.new_zeros(tokens, x_RD.shape[1]).index_copy_(0, rows_R, x_RD)
 
 
 def _interleave(da: list[torch.Tensor | None], db: list[torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -42,6 +42,8 @@ class Session:
     ) -> None:
         self.model, self.tokenizer, self.config, self.choices = model, tokenizer, config, choices
         self.device, self.dtype = torch.device(device), dtype
+        # `from_pretrained` leaves the base model in evaluation mode, and PEFT's wrapper does not change that.
+        model.train()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(
             config.optimizer, self.parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay
@@ -78,8 +80,6 @@ class Session:
 
     def forward_backward(self, batch: Batch) -> torch.Tensor:
         """Add the global batch's gradients to the adapters; its loss, detached, on the device."""
-        if not self.model.training:
-            self.model.train()
         items = int((batch["labels"][:, 1:] != IGNORED).sum())
         total = torch.zeros((), device=self.device)
         for part in micro_batches(batch, self.choices.micro_batch):

@@ -41,6 +41,18 @@ def adapters(session: Session) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["peft", "eager"])
+def test_every_module_is_in_training_mode(backend):
+    # A base model left in evaluation mode would run its stock loss, and its dropout not at all.
+    assert all(module.training for module in make_session(backend).model.modules())
+
+
+def test_the_fused_loss_is_what_runs(monkeypatch):
+    session = make_session()
+    monkeypatch.setattr("transformers.loss.loss_utils.fixed_cross_entropy", None)
+    assert session.forward_backward(make_batch()) > 0
+
+
+@pytest.mark.parametrize("backend", ["peft", "eager"])
 def test_steps_train_every_adapter_tensor(backend):
     session = make_session(backend)
     before = adapters(session)
