@@ -24,7 +24,7 @@ LAYERS = (
     ("backends", "adapters", "memory_model", "plan_store"),
     ("kernels", "models", "data"),
     ("config",),
-    ("plan", "record", "hardware", "siblings"),
+    ("plan", "record", "hardware", "siblings", "processes"),
     ("files",),
     ("errors",),
 )
