@@ -6,8 +6,8 @@ from statistics import median
 
 from fastft.plan import Choices, Trial
 
-NOISE = 0.01
-"""Speeds closer than this are equal: the default wins, else what needs the least memory."""
+NOISE = {"cuda": 0.01, "cpu": 0.05}
+"""Speeds closer than this are equal (a CPU's vary more: the same candidate by 5 % from process to process): the default wins, else what needs the least memory."""
 FINALIST_SPREAD = 0.03
 """Candidates this close to the best are timed again."""
 
@@ -19,6 +19,7 @@ class Standings:
     trials: Sequence[Trial]
     step_tokens: int
     """Tokens of one optimizer step: the same for every candidate."""
+    noise: float = NOISE["cuda"]
 
     def order(self) -> list[Choices]:
         """What was tried, in the order of trying."""
@@ -58,7 +59,7 @@ class Standings:
     def winner(self) -> Choices | None:
         """Of those whose speed is the best within the noise, the default, else the smallest; None if nothing ran."""
         ranked = self._ranked()
-        fast = [choices for speed, choices in ranked if speed >= (1 - NOISE) * ranked[0][0]]
+        fast = [choices for speed, choices in ranked if speed >= (1 - self.noise) * ranked[0][0]]
         if not fast:
             return None
         default = self.trials[0].choices

@@ -20,7 +20,7 @@ from typing import Literal
 from autotune.journal import Journal
 from autotune.memory import layer_costs, predicted_too_large
 from autotune.probe import ProbeRequest
-from autotune.ranking import Standings
+from autotune.ranking import NOISE, Standings
 from autotune.runner import run_probe as run_in_process
 from autotune.solver import solve_equal
 from autotune.space import (
@@ -163,7 +163,9 @@ class _Search:
     _started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self._standings = Standings(self.trials, self.config.batch_size * self.config.sequence_tokens)
+        self._standings = Standings(
+            self.trials, self.config.batch_size * self.config.sequence_tokens, NOISE[self.device.kind]
+        )
 
     def run(self, verify_plan: Callable[[Choices], bool] | None) -> Choices:
         """All phases; the choices that win."""
