@@ -7,7 +7,8 @@ from statistics import median
 from fastft.plan import Choices, Trial
 
 NOISE = {"cuda": 0.01, "cpu": 0.05}
-"""Speeds closer than this are equal (a CPU's vary more: the same candidate by 5 % from process to process): the default wins, else what needs the least memory."""
+"""Speeds closer than this are equal: the default wins, else what needs the least memory.  On a CPU the same candidate
+varies by 5 % from process to process."""
 FINALIST_SPREAD = 0.03
 """Candidates this close to the best are timed again."""
 
