@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fastft.adapters.lora import read_linear
 from fastft.backends import Backend
-from fastft.engine.layer import LayerCall, decoder_layer
 from fastft.engine.ledger import Ledger
 from fastft.engine.loss import IGNORED, linear_cross_entropy, shifted_targets
 from fastft.engine.norm import RmsNorm
+from fastft.engine.parts import LayerCall, StepContext, epsilon, read_parts
+from fastft.engine.stack import run_layers
 from fastft.engine.support import why_no_head, why_no_layer, why_no_norm
 from fastft.kernels.attention.library import choose_attention
 from fastft.models.spec import LayerSpec
@@ -124,7 +124,7 @@ def layer_forward(
         assert position_embeddings is not None
         call = _layer_call(self, state, policy, hidden_states, attention_mask, position_embeddings, rows_R)
         settings.ledger.fused(state.name, "decoder_layer", settings.ops.name)
-        return decoder_layer(hidden_states, call)
+        return run_layers(hidden_states, [call])
     arguments = {
         "attention_mask": attention_mask,
         "position_ids": position_ids,
@@ -155,7 +155,7 @@ def norm_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         stock: torch.Tensor = original_forward(self)(hidden_states)
         return stock
     settings.ledger.fused(state.name, "norm", settings.ops.name)
-    normed: torch.Tensor = RmsNorm.apply(hidden_states, self.weight, _eps(self), settings.ops)
+    normed: torch.Tensor = RmsNorm.apply(hidden_states, self.weight, epsilon(self), settings.ops)
     return normed
 
 
@@ -359,48 +359,28 @@ def _layer_call(
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     rows_R: torch.Tensor | None,
 ) -> LayerCall:
-    settings, spec = state.settings, state.settings.spec
-    input_norm, mlp_norm = attrgetter(spec.input_norm, spec.mlp_norm)(layer)
-    q, k, v, o, gate, up, down = (read_linear(module) for module in attrgetter(*spec.linears)(layer))
-    attention_module = attrgetter(spec.o.rpartition(".")[0])(layer)
+    settings = state.settings
+    parts = read_parts(layer, settings.spec)
     B, S, _ = hidden_states.shape
-    head_dim = attention_module.head_dim
     cos, sin = (t.reshape(-1, t.shape[-1]).to(hidden_states.dtype) for t in position_embeddings)
     if rows_R is not None:
         # Row t of the angles is that of token t % S; with padding left out, each real token gets its own.
         cos, sin = (t.index_select(0, rows_R % t.shape[0]) for t in (cos, sin))
     # The queries do not exist yet; what they will look like decides.
-    like_queries = hidden_states.new_empty(()).expand(B, S, 1, head_dim)
+    like_queries = hidden_states.new_empty(()).expand(B, S, 1, parts.head_dim)
     attention = choose_attention(settings.attention, like_queries, attention_mask)
     if settings.attention not in ("auto", attention.name):
         reason = f"{settings.attention} cannot run {'with' if attention_mask is not None else 'without'} a mask here"
         settings.ledger.replaced(f"{state.name}.attention", "attention", attention.name, reason)
     else:
         settings.ledger.paths.pop(f"{state.name}.attention", None)
-    dropout = any(linear.dropout > 0 for linear in (q, k, v, o, gate, up, down))
     return LayerCall(
         ops=settings.ops,
-        attention=attention,
+        parts=parts,
+        context=StepContext(
+            batch=B, tokens=B * S, attention=attention, cos_Sd=cos, sin_Sd=sin, mask=attention_mask, rows_R=rows_R
+        ),
         policy=policy,
-        input_norm_D=input_norm.weight,
-        input_eps=_eps(input_norm),
-        mlp_norm_D=mlp_norm.weight,
-        mlp_eps=_eps(mlp_norm),
-        qkv=(q, k, v),
-        o=o,
-        gate_up=(gate, up),
-        down=down,
-        head_dim=head_dim,
-        scale=attention_module.scaling,
-        cos_Sd=cos,
-        sin_Sd=sin,
-        mask=attention_mask,
-        rows_R=rows_R,
         # Drawn from the CPU's generator, which `torch.manual_seed` fixes, without touching the device's.
-        seed=int(torch.randint(2**62, ()).item()) if dropout else 0,
+        seed=int(torch.randint(2**62, ()).item()) if parts.has_dropout else 0,
     )
-
-
-def _eps(norm: nn.Module) -> float:
-    eps: float = norm.variance_epsilon  # type: ignore[assignment]
-    return eps

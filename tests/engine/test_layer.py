@@ -3,6 +3,7 @@
 # B rows, S tokens a row, D model
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from fastft import ledger_of, patch_model, unpatch_model
+from fastft.adapters.lora import AdaptedLinear
 from fastft.engine import layer as engine_layer
 from fastft.engine.layer import SAVED
 from fastft.kernels.lora_linear import reference as lora_kernels
@@ -222,8 +224,7 @@ def test_no_input_gradient_saves_its_products(toy):
     model = toy()
     x_TI = torch.randn(5, 64, device=next(model.parameters()).device)
     group = [
-        engine_layer.AdaptedLinear(torch.nn.Linear(64, 8), None, torch.randn(2, 64), torch.randn(8, 2), 1.0, 0.0)
-        for _ in range(3)
+        AdaptedLinear(torch.nn.Linear(64, 8), None, torch.randn(2, 64), torch.randn(8, 2), 1.0, 0.0) for _ in range(3)
     ]
     x_TI = x_TI.cpu()
     dy = [torch.randn(5, 8) for _ in group]
@@ -398,20 +399,20 @@ def test_what_the_policies_save():
 
 
 def _saved_bytes(model: Any, batch: dict[str, Tensor], placement: Any) -> int:
+    """Bytes of all tensors that the forward leaves alive for the backward."""
     patch_model(model, backend="eager", placement=placement)
     device = next(model.parameters()).device
-    weights = {p.data_ptr() for p in model.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in weights:
-            seen[tensor.data_ptr()] = max(seen.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+    gc.collect()
+    before = {t.untyped_storage().data_ptr() for t in _alive()}
+    loss = model(**inputs).loss
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _alive()}
     loss.backward()
-    return sum(seen.values())
+    return sum(size for pointer, size in storages.items() if pointer not in before)
+
+
+def _alive() -> list[Tensor]:
+    return [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
 
 
 def test_each_policy_saves_less_than_the_one_before(toy, batch_of):
