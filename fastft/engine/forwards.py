@@ -5,101 +5,32 @@ copy of the model gets copies bound to its own modules.  What cannot run fused a
 the ledger says why.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fastft.backends import Backend
-from fastft.engine.ledger import Ledger
-from fastft.engine.loss import IGNORED, linear_cross_entropy, shifted_targets
-from fastft.engine.norm import RmsNorm
-from fastft.engine.parts import LayerCall, StepContext, epsilon, read_parts
+from fastft.engine.loss import IGNORED
+from fastft.engine.parts import LayerCall, StepContext, read_parts
 from fastft.engine.stack import run_layers
-from fastft.engine.support import why_no_head, why_no_layer, why_no_norm
+from fastft.engine.state import (
+    EngineSettings,
+    ModuleState,
+    compute_dtype,
+    original_forward,
+    policy_of,
+    state_of,
+)
+from fastft.engine.support import why_no_layer
 from fastft.kernels.attention.library import choose_attention
-from fastft.models.spec import LayerSpec
 from fastft.plan import Policy
 
 _ROWS = "_fastft_real_rows"
 """The keyword by which the backbone tells its layers which rows are real."""
 _WORTH_LEAVING_OUT = 0.05
 """Share of padding from which on leaving it out pays for the copies around attention."""
-STATE = "_fastft"
-"""The attribute under which a patched module keeps its `ModuleState`."""
-
-
-_SIZE_STEP = 64
-
-
-@dataclass
-class EngineSettings:
-    """What every patched module of one model shares."""
-
-    ops: Backend
-    spec: LayerSpec
-    ledger: Ledger
-    placement: list[Policy]
-    attention: str
-    loss_chunk_tokens: int
-    placement_is_fixed: bool
-    """Whether the placement was chosen (a plan, the user), so that gradient checkpointing does not replace it."""
-    choose_placement: Callable[[int, int], list[Policy]] | None = None
-    """From (B, S) to the placement, asked when a batch of a new size comes (S is rounded up to a multiple of 64); None
-    where the placement is given."""
-    chosen: dict[tuple[int, int], list[Policy]] = field(default_factory=dict)
-
-    def place(self, batch: int, tokens: int) -> None:
-        """Set the placement for a micro-batch of `batch` rows of `tokens` tokens."""
-        if self.choose_placement is None:
-            return
-        # Rounded up, so that ragged batches share an answer.
-        size = (batch, -(-tokens // _SIZE_STEP) * _SIZE_STEP)
-        if size not in self.chosen:
-            self.chosen[size] = self.choose_placement(*size)
-        self.placement = self.chosen[size]
-
-
-@dataclass
-class ModuleState:
-    """What one patched module knows."""
-
-    settings: EngineSettings
-    name: str
-    index: int = 0
-    original: Callable[..., Any] | None = None
-    """An instance's own `forward` from before the patch; None means the class's."""
-
-    @property
-    def replaced(self) -> str | None:
-        """The reason not to run fused what somebody else had already given another `forward`."""
-        return None if self.original is None else "its forward was replaced"
-
-
-def state_of(module: nn.Module) -> ModuleState:
-    """The state of a patched module."""
-    state: ModuleState = module.__dict__[STATE]
-    return state
-
-
-def policy_of(layer: nn.Module) -> Policy:
-    """What a patched layer saves: as placed; where that is left open, `full` if gradient checkpointing is on."""
-    state = state_of(layer)
-    if layer.gradient_checkpointing and not state.settings.placement_is_fixed:
-        return "full"
-    return state.settings.placement[state.index]
-
-
-def original_forward(module: nn.Module) -> Callable[..., Any]:
-    """The `forward` that stood before the patch, bound to `module`."""
-    original = state_of(module).original
-    return original if original is not None else type(module).forward.__get__(module)
 
 
 def layer_forward(
@@ -143,22 +74,6 @@ def layer_forward(
     return original(hidden_states, **arguments)
 
 
-def norm_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The final norm (… × D)."""
-    state = state_of(self)
-    settings = state.settings
-    reason = state.replaced or why_no_norm(self, settings.spec)
-    if reason is None and hidden_states.dtype != self.weight.dtype:
-        reason = f"its weight is {self.weight.dtype}, the activations are {hidden_states.dtype}"
-    if reason is not None:
-        settings.ledger.stock(state.name, "norm", reason)
-        stock: torch.Tensor = original_forward(self)(hidden_states)
-        return stock
-    settings.ledger.fused(state.name, "norm", settings.ops.name)
-    normed: torch.Tensor = RmsNorm.apply(hidden_states, self.weight, epsilon(self), settings.ops)
-    return normed
-
-
 def backbone_forward(
     self: nn.Module,
     input_ids: torch.Tensor | None = None,
@@ -200,93 +115,6 @@ def backbone_forward(
     )
 
 
-def causal_lm_forward(
-    self: nn.Module,
-    input_ids: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    past_key_values: Any = None,
-    inputs_embeds: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    use_cache: bool | None = None,
-    logits_to_keep: int | torch.Tensor = 0,
-    **kwargs: Any,
-) -> Any:
-    """The whole model; with labels and gradients, head and loss run together and `logits` are made on demand."""
-    state = state_of(self)
-    settings = state.settings
-    arguments = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": position_ids,
-        "past_key_values": past_key_values,
-        "inputs_embeds": inputs_embeds,
-        "use_cache": use_cache,
-        **kwargs,
-    }
-    if labels is None or not torch.is_grad_enabled() or not self.training:
-        return original_forward(self)(**arguments, labels=labels, logits_to_keep=logits_to_keep)
-    head = self.get_output_embeddings()  # type: ignore[operator]
-    reason = state.replaced or why_no_head(head) or _why_no_loss(self, logits_to_keep, kwargs)
-    if reason is not None:
-        settings.ledger.stock(state.name, "head_and_loss", reason)
-        return original_forward(self)(**arguments, labels=labels, logits_to_keep=logits_to_keep)
-    settings.ledger.fused(state.name, "head_and_loss", settings.ops.name)
-    items = arguments.pop("num_items_in_batch", None)
-    shift_labels = arguments.pop("shift_labels", None)
-    targets = shift_labels if shift_labels is not None else shifted_targets(labels)
-    if STATE in self.model.__dict__:
-        arguments["targets"] = targets
-    outputs = self.model(**arguments)  # type: ignore[operator]
-    hidden = outputs.last_hidden_state
-    dtype = _compute_dtype(hidden) if torch.is_autocast_enabled(hidden.device.type) else head.weight.dtype
-    loss = linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]).to(dtype),
-        head.weight.to(dtype),
-        targets.reshape(-1).to(hidden.device),
-        settings.ops,
-        divisor=items,
-        chunk_tokens=settings.loss_chunk_tokens,
-    )
-    result = LazyLogitsOutput(
-        loss=loss,
-        past_key_values=outputs.past_key_values,
-        hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
-    )
-    result.defer_logits(lambda: head(hidden))
-    return result
-
-
-class LazyLogitsOutput(CausalLMOutputWithPast):
-    """Hugging Face's output, whose `logits` (B × S × V) are computed when somebody reads them."""
-
-    def defer_logits(self, make: Callable[[], torch.Tensor]) -> None:
-        """Compute the logits by `make` at the first access."""
-        object.__setattr__(self, "_make_logits", make)
-
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        if name == "logits" and value is None:
-            make = self.__dict__.get("_make_logits")
-            if make is not None:
-                value = make()
-                object.__setattr__(self, "_make_logits", None)
-                self.logits = value
-        return value
-
-    def __getitem__(self, key: Any) -> Any:
-        """By name or position, as in the stock output; whatever may mean the logits computes them."""
-        if key in ("loss", 0):
-            return self.loss
-        _ = self.logits
-        return super().__getitem__(key)
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """What is there, in the stock output's order."""
-        return tuple(value for each in fields(self) if (value := getattr(self, each.name)) is not None)
-
-
 def real_rows(attention_mask: torch.Tensor) -> torch.Tensor | None:
     """Which of the B·S tokens a (B × S) mask leaves visible (int64), or None where nearly all are."""
     rows_R = attention_mask.flatten().nonzero().squeeze(1)
@@ -302,18 +130,6 @@ def hides_only_padding(attention_mask: torch.Tensor, targets: torch.Tensor | Non
     if targets is not None:
         answer &= (mask | (targets.to(mask.device) == IGNORED)).all()
     return bool(answer)
-
-
-def _why_no_loss(model: nn.Module, logits_to_keep: int | torch.Tensor, kwargs: dict[str, Any]) -> str | None:
-    if kwargs.get("return_dict") is False:
-        return "a tuple was asked for"
-    if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-        return "only some logits were asked for"
-    if model.loss_function is not ForCausalLMLoss:
-        return f"its loss function is {getattr(model.loss_function, '__name__', model.loss_function)}"
-    if kwargs.get("ignore_index", IGNORED) != IGNORED:
-        return "another ignore_index was asked for"
-    return None
 
 
 def _why_not_now(
@@ -337,17 +153,10 @@ def _why_not_now(
         if kwargs.get(name) is not None:
             return f"attention was given {name}"
     weight = getattr(attrgetter(settings.spec.input_norm)(layer), "weight", None)
-    dtype = _compute_dtype(hidden_states)
+    dtype = compute_dtype(hidden_states)
     if weight is None or not (dtype == weight.dtype == hidden_states.dtype):
         return f"it computes in {dtype} on {getattr(weight, 'dtype', None)} weights"
     return why_no_layer(layer, settings.spec)
-
-
-def _compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
-    device = hidden_states.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden_states.dtype
 
 
 def _layer_call(

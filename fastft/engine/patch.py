@@ -15,18 +15,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastft.backends import load_backend
-from fastft.engine.forwards import (
-    STATE,
-    EngineSettings,
-    ModuleState,
-    backbone_forward,
-    causal_lm_forward,
-    layer_forward,
-    norm_forward,
-    policy_of,
-    state_of,
-)
+from fastft.engine.forwards import backbone_forward, layer_forward
+from fastft.engine.head import causal_lm_forward
 from fastft.engine.ledger import Ledger
+from fastft.engine.norm import norm_forward
+from fastft.engine.state import STATE, EngineSettings, ModuleState, policy_of, state_of
 from fastft.engine.support import why_no_head, why_no_layer, why_no_norm
 from fastft.errors import ConfigError, ModelError, unknown_choice
 from fastft.kernels.attention.library import ATTENTION

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastft import ledger_of, patch_model
-from fastft.engine.forwards import LazyLogitsOutput, hides_only_padding
+from fastft.engine.forwards import hides_only_padding
+from fastft.engine.head import LazyLogitsOutput
 
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32
 
@@ -407,16 +408,16 @@ def test_autocast_over_fp32_weights_runs_stock_aloud(toy, batch_of, step, caplog
 
 def test_under_autocast_the_head_computes_in_the_dtype_of_autocast(toy, batch_of, monkeypatch):
     """In fp32 it would be several times slower, and the loss another than stock's."""
-    from fastft.engine import forwards
+    from fastft.engine import head
 
     seen = []
-    original = forwards.linear_cross_entropy
+    original = head.linear_cross_entropy
 
     def spy(hidden: Tensor, head: Tensor, *rest: Any, **more: Any) -> Tensor:
         seen.append((hidden.dtype, head.dtype))
         return original(hidden, head, *rest, **more)
 
-    monkeypatch.setattr(forwards, "linear_cross_entropy", spy)
+    monkeypatch.setattr(head, "linear_cross_entropy", spy)
     model = toy()
     patch_model(model, backend="eager")
     batch = on_device(model, batch_of("none"))
