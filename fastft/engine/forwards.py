@@ -24,7 +24,7 @@ from fastft.engine.state import (
     state_of,
 )
 from fastft.engine.support import why_no_layer
-from fastft.kernels.attention.library import choose_attention
+from fastft.kernels.attention.library import Seen, choose_attention
 from fastft.plan import Policy
 
 _ROWS = "_fastft_real_rows"
@@ -175,9 +175,10 @@ def _layer_call(
     if rows_R is not None:
         # Row t of the angles is that of token t % S; with padding left out, each real token gets its own.
         cos, sin = (t.index_select(0, rows_R % t.shape[0]) for t in (cos, sin))
+    seen = Seen(attention_mask)
     # The queries do not exist yet; what they will look like decides.
     like_queries = hidden_states.new_empty(()).expand(B, S, 1, parts.head_dim)
-    attention = choose_attention(settings.attention, like_queries, attention_mask)
+    attention = choose_attention(settings.attention, like_queries, seen)
     if settings.attention not in ("auto", attention.name):
         reason = f"{settings.attention} cannot run {'with' if attention_mask is not None else 'without'} a mask here"
         settings.ledger.replaced(f"{state.name}.attention", "attention", attention.name, reason)
@@ -187,7 +188,7 @@ def _layer_call(
         ops=settings.ops,
         parts=parts,
         context=StepContext(
-            batch=B, tokens=B * S, attention=attention, cos_Sd=cos, sin_Sd=sin, mask=attention_mask, rows_R=rows_R
+            batch=B, tokens=B * S, attention=attention, cos_Sd=cos, sin_Sd=sin, seen=seen, rows_R=rows_R
         ),
         policy=policy,
         # Drawn from the CPU's generator, which `torch.manual_seed` fixes, without touching the device's.

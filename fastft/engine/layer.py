@@ -104,7 +104,7 @@ def _attention_block(made: _Activations, call: LayerCall) -> tuple[_Activations,
     for rotated in (q, k):
         call.ops.rope_(_heads(rotated, parts.head_dim), context.cos_Sd, context.sin_Sd)
     per_sequence = (_per_sequence(t, context, parts.head_dim) for t in (q, k, v))
-    attended, attention_saved = context.attention.forward(*per_sequence, context.mask, parts.scale)
+    attended, attention_saved = context.attention.forward(*per_sequence, context.seen, parts.scale)
     attended = pick_rows(attended.flatten(0, 1).flatten(1), context.rows_R)
     (o,), low_o = lora_linear(attended, (parts.o,), seed=call.seed + _O)
     x2, h2, rstd2 = call.ops.add_rms_norm(o, made.x, parts.mlp_norm_D, parts.mlp_eps)
@@ -163,7 +163,7 @@ def _attention_backward(
         for t in (o.dx_TI, made.q, made.k, made.v, made.attended)
         if t is not None
     )
-    d_qkv = context.attention.backward(dattended, q, k, v, attended, attention_saved, context.mask, parts.scale)
+    d_qkv = context.attention.backward(dattended, q, k, v, attended, attention_saved, context.seen, parts.scale)
     del dattended, q, k, v, attended
     rows = [pick_rows(d.flatten(0, 1).flatten(1), context.rows_R) for d in d_qkv]
     del d_qkv

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastft.adapters.lora import AdaptedLinear, read_linear
 from fastft.backends import Backend
-from fastft.kernels.attention.library import Attention
+from fastft.kernels.attention.library import Attention, Seen
 from fastft.models.spec import LayerSpec
 from fastft.plan import Policy
 
@@ -58,8 +58,8 @@ class StepContext(NamedTuple):
     attention: Attention
     cos_Sd: torch.Tensor
     sin_Sd: torch.Tensor
-    mask: torch.Tensor | None
-    """What attention may see: None for causal, else (B, 1, S, S)."""
+    seen: Seen
+    """What attention may see."""
     rows_R: torch.Tensor | None
     """Which of the B·S tokens are real, ascending (int64), where the others are right padding and worth leaving out:
     everything but attention then runs on R rows only, and the output of the others is zero.  None for all."""

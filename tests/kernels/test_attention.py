@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastft.errors import ConfigError
-from fastft.kernels.attention.library import ATTENTION, choose_attention
+from fastft.kernels.attention.library import ATTENTION, Seen, choose_attention
 
 OPERATION = "attention"
 
@@ -55,7 +55,7 @@ def test_forward_and_gradients_against_fp64(S, H, K, d, kind, name, device):
     k, v = (torch.randn(B, S, K, d, device=device).to(dtype) for _ in range(2))
     mask = make_mask(kind, B, S, device)
     kernel = ATTENTION[name]
-    if not kernel.usable(q, mask):
+    if not kernel.usable(q, Seen(mask)):
         pytest.skip(f"{name} cannot run a mask, or one token")
     # What a row of padding gives is nobody's business, as long as it is finite and has no gradient.
     sees = (
@@ -66,8 +66,8 @@ def test_forward_and_gradients_against_fp64(S, H, K, d, kind, name, device):
     expected = exact(*leaves, mask, scale)
     wanted_gradients = torch.autograd.grad(expected, leaves, dout.double())
 
-    out, saved = kernel.forward(q, k, v, mask, scale)
-    gradients = kernel.backward(dout, q, k, v, out, saved, mask, scale)
+    out, saved = kernel.forward(q, k, v, Seen(mask), scale)
+    gradients = kernel.backward(dout, q, k, v, out, saved, Seen(mask), scale)
     out, expected = (t * sees[:, :, None, None].to(t.dtype) for t in (out, expected.detach()))
     tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-6 if device.type == "cpu" else 2e-5
     for what, got, wanted in zip(
@@ -88,55 +88,55 @@ def test_views_of_one_packed_tensor(kind, name, device):
     q, k, v = packed.split([4, 2, 2], dim=2)
     mask = make_mask(kind, 2, 9, device)
     kernel = ATTENTION[name]
-    if not kernel.usable(q, mask):
+    if not kernel.usable(q, Seen(mask)):
         pytest.skip(f"{name} cannot run a mask")
-    out, saved = kernel.forward(q, k, v, mask, 0.25)
-    whole, whole_saved = kernel.forward(*(t.contiguous() for t in (q, k, v)), mask, 0.25)
+    out, saved = kernel.forward(q, k, v, Seen(mask), 0.25)
+    whole, whole_saved = kernel.forward(*(t.contiguous() for t in (q, k, v)), Seen(mask), 0.25)
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(out, whole, **tolerance)
     dout = torch.randn_like(out)
     torch.testing.assert_close(
-        kernel.backward(dout, q, k, v, out, saved, mask, 0.25),
-        kernel.backward(dout, q, k, v, whole, whole_saved, mask, 0.25), **tolerance,
+        kernel.backward(dout, q, k, v, out, saved, Seen(mask), 0.25),
+        kernel.backward(dout, q, k, v, whole, whole_saved, Seen(mask), 0.25), **tolerance,
     )  # fmt: skip
 
 
 def test_nothing_attends_to_what_comes_later(name, device):
     dtype = torch.bfloat16 if name in ("cudnn", "flash") else torch.float32
     q, k, v = (torch.randn(1, 12, 2, 16, device=device).to(dtype) for _ in range(3))
-    out, _ = ATTENTION[name].forward(q, k, v, None, 0.25)
+    out, _ = ATTENTION[name].forward(q, k, v, Seen(), 0.25)
     k[:, 7:] += 5
     v[:, 7:] += 5
-    changed, _ = ATTENTION[name].forward(q, k, v, None, 0.25)
+    changed, _ = ATTENTION[name].forward(q, k, v, Seen(), 0.25)
     torch.testing.assert_close(changed[:, :7], out[:, :7])
     assert (changed[:, 7:] - out[:, 7:]).abs().max() > 1
 
 
 def test_auto_takes_the_first_that_can(device):
     q = torch.empty(1, 8, 1, 16, device=device)
-    usable = [name for name, kernel in ATTENTION.items() if kernel.usable(q, None)]
-    assert choose_attention("auto", q, None).name == usable[0]
+    usable = [name for name, kernel in ATTENTION.items() if kernel.usable(q, Seen())]
+    assert choose_attention("auto", q, Seen()).name == usable[0]
     if device.type == "cpu":
         assert usable == ["cpu", "sdpa"]
-    assert choose_attention("sdpa", q, None).name == "sdpa"
+    assert choose_attention("sdpa", q, Seen()).name == "sdpa"
 
 
 def test_a_name_that_cannot_run_here_gives_what_auto_would(device):
     """The engine's ledger says so; see tests/engine/test_forwards.py."""
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool, device=device)
     q = torch.empty(1, 8, 1, 16, device=device)
-    assert choose_attention("flash", q, mask).name == choose_attention("auto", q, mask).name != "flash"
+    assert choose_attention("flash", q, Seen(mask)).name == choose_attention("auto", q, Seen(mask)).name != "flash"
 
 
 def test_an_unknown_name_is_refused():
     with pytest.raises(ConfigError, match=r"attention is unknown; got flahs.*did you mean 'flash'"):
-        choose_attention("flahs", torch.empty(1, 1, 1, 8), None)
+        choose_attention("flahs", torch.empty(1, 1, 1, 8), Seen())
 
 
 @pytest.mark.gpu
 def test_hopper_takes_cudnn_and_masks_take_sdpa(device):
     q = torch.empty(1, 8, 1, 64, device=device, dtype=torch.bfloat16)
     if torch.cuda.get_device_capability() >= (9, 0):
-        assert choose_attention("auto", q, None).name == "cudnn"
-    assert choose_attention("auto", q, torch.ones(1, 1, 8, 8, dtype=torch.bool, device=device)).name == "sdpa"
-    assert choose_attention("auto", q.float(), None).name == "sdpa"
+        assert choose_attention("auto", q, Seen()).name == "cudnn"
+    assert choose_attention("auto", q, Seen(torch.ones(1, 1, 8, 8, dtype=torch.bool, device=device))).name == "sdpa"
+    assert choose_attention("auto", q.float(), Seen()).name == "sdpa"

@@ -19,17 +19,24 @@ Saved = tuple[torch.Tensor, ...]
 _aten = torch.ops.aten
 
 
+class Seen(NamedTuple):
+    """What each query may attend to."""
+
+    mask: torch.Tensor | None = None
+    """(B, 1, S, S), boolean (true = attend) or additive; None is causal."""
+
+
 class Attention(NamedTuple):
     """One implementation.
 
-    `forward(q, k, v, mask, scale)` → (out, saved); `backward(dout, q, k, v, out, saved, mask, scale)` → (dq, dk, dv).
-    `usable(q, mask)` says whether it can run these inputs.
+    `forward(q, k, v, seen, scale)` → (out, saved); `backward(dout, q, k, v, out, saved, seen, scale)` → (dq, dk, dv).
+    `usable(q, seen)` says whether it can run these inputs.
     """
 
     name: str
     forward: Callable[..., tuple[torch.Tensor, Saved]]
     backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    usable: Callable[[torch.Tensor, torch.Tensor | None], bool]
+    usable: Callable[[torch.Tensor, Seen], bool]
 
 
 def _heads_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -59,37 +66,37 @@ def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
 
 # CPU: the tiled kernel of PyTorch.  It knows no grouped heads, so keys and values are repeated for the call.
 def _cpu_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scale: float
 ) -> tuple[torch.Tensor, Saved]:
     q, k, v = _heads_first(q, k, v)
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-        q, _repeat_kv(k, q.shape[1]), _repeat_kv(v, q.shape[1]), 0.0, mask is None,
-        attn_mask=_additive(mask, q.dtype), scale=scale,
+        q, _repeat_kv(k, q.shape[1]), _repeat_kv(v, q.shape[1]), 0.0, seen.mask is None,
+        attn_mask=_additive(seen.mask, q.dtype), scale=scale,
     )  # fmt: skip
     return out.transpose(1, 2), (lse,)
 
 
 def _cpu_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, saved: Saved,
-    mask: torch.Tensor | None, scale: float,
+    seen: Seen, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     kv_heads = k.shape[2]
     dout, q, k, v, out = _heads_first(dout, q, k, v, out)
     heads = q.shape[1]
     dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, _repeat_kv(k, heads), _repeat_kv(v, heads), out, saved[0], 0.0, mask is None,
-        attn_mask=_additive(mask, q.dtype), scale=scale,
+        dout, q, _repeat_kv(k, heads), _repeat_kv(v, heads), out, saved[0], 0.0, seen.mask is None,
+        attn_mask=_additive(seen.mask, q.dtype), scale=scale,
     )  # fmt: skip
     return dq.transpose(1, 2), _sum_kv(dk, kv_heads).transpose(1, 2), _sum_kv(dv, kv_heads).transpose(1, 2)
 
 
-def _cpu_usable(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    return q.device.type == "cpu" and (mask is None or mask.dim() == 4)
+def _cpu_usable(q: torch.Tensor, seen: Seen) -> bool:
+    return q.device.type == "cpu" and (seen.mask is None or seen.mask.dim() == 4)
 
 
 # CUDA, flash: the library's default.
 def _flash_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scale: float
 ) -> tuple[torch.Tensor, Saved]:
     q, k, v = _heads_first(q, k, v)
     out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_flash_attention(
@@ -100,7 +107,7 @@ def _flash_forward(
 
 def _flash_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, saved: Saved,
-    mask: torch.Tensor | None, scale: float,
+    seen: Seen, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     tokens = q.shape[1]
     dout, q, k, v, out = _heads_first(dout, q, k, v, out)
@@ -111,10 +118,10 @@ def _flash_backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _flash_usable(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
+def _flash_usable(q: torch.Tensor, seen: Seen) -> bool:
     return (
         q.device.type == "cuda"
-        and mask is None
+        and seen.mask is None
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] <= 256
         and q.shape[-1] % 8 == 0
@@ -124,7 +131,7 @@ def _flash_usable(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
 
 # CUDA, cuDNN: about twice flash's rate on Hopper (docs/log.md).  Its backward is not deterministic.
 def _cudnn_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scale: float
 ) -> tuple[torch.Tensor, Saved]:
     q, k, v = _heads_first(q, k, v)
     out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_cudnn_attention(
@@ -135,7 +142,7 @@ def _cudnn_forward(
 
 def _cudnn_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, saved: Saved,
-    mask: torch.Tensor | None, scale: float,
+    seen: Seen, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     tokens = q.shape[1]
     dout, q, k, v, out = _heads_first(dout, q, k, v, out)
@@ -146,10 +153,10 @@ def _cudnn_backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _cudnn_usable(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
+def _cudnn_usable(q: torch.Tensor, seen: Seen) -> bool:
     return (
         q.device.type == "cuda"
-        and mask is None
+        and seen.mask is None
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] <= 128
         and q.shape[-1] % 8 == 0
@@ -160,31 +167,33 @@ def _cudnn_usable(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
 
 
 # Anything: the public function under autograd.  It keeps nothing and runs its forward again in the backward.
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scale: float) -> torch.Tensor:
     q, k, v = _heads_first(q, k, v)
     k, v = _repeat_kv(k, q.shape[1]), _repeat_kv(v, q.shape[1])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen.mask, is_causal=seen.mask is None, scale=scale
+    ).transpose(1, 2)
 
 
 def _sdpa_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scale: float
 ) -> tuple[torch.Tensor, Saved]:
     with torch.no_grad():
-        return _sdpa(q, k, v, mask, scale), ()
+        return _sdpa(q, k, v, seen, scale), ()
 
 
 def _sdpa_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, saved: Saved,
-    mask: torch.Tensor | None, scale: float,
+    seen: Seen, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
     with torch.enable_grad():
-        again = _sdpa(q, k, v, mask, scale)
+        again = _sdpa(q, k, v, seen, scale)
     dq, dk, dv = torch.autograd.grad(again, (q, k, v), dout)
     return dq, dk, dv
 
 
-def _always(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
+def _always(q: torch.Tensor, seen: Seen) -> bool:
     return True
 
 
@@ -197,7 +206,7 @@ ATTENTION: dict[str, Attention] = {
 """By name, the preferred first; `auto` takes the first that is usable."""
 
 
-def choose_attention(name: str, q_BSHd: torch.Tensor, mask: torch.Tensor | None) -> Attention:
+def choose_attention(name: str, q_BSHd: torch.Tensor, seen: Seen) -> Attention:
     """The implementation called `name`, or the first usable one where it is `auto` or cannot run these inputs.
 
     Raises:
@@ -206,6 +215,6 @@ def choose_attention(name: str, q_BSHd: torch.Tensor, mask: torch.Tensor | None)
     if name != "auto":
         if name not in ATTENTION:
             raise unknown_choice("attention", name, [*ATTENTION, "auto"])
-        if ATTENTION[name].usable(q_BSHd, mask):
+        if ATTENTION[name].usable(q_BSHd, seen):
             return ATTENTION[name]
-    return next(kernel for kernel in ATTENTION.values() if kernel.usable(q_BSHd, mask))
+    return next(kernel for kernel in ATTENTION.values() if kernel.usable(q_BSHd, seen))
