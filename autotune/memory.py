@@ -14,7 +14,7 @@ from fastft.config import RunConfig
 from fastft.hardware import Device
 from fastft.memory_model import memory_terms, recompute_flops, step_flops
 from fastft.models.shapes import ModelShape
-from fastft.plan import POLICIES, Choices, Policy, Trial
+from fastft.plan import OFFLOADED, POLICIES, Choices, Policy, Trial
 
 MEASURED = ("ok", "over_cap")
 """Verdicts of trials that ran to the end: their times and peaks count."""
@@ -106,7 +106,9 @@ def layer_costs(
     flops = step_flops(shape, config.sequence_tokens)
     work = {p: 1 + recompute_flops(shape, p, config.sequence_tokens, backend) / flops for p in POLICIES}
     # keep's gain over light is traffic, which FLOPs do not show: unmeasured, it is not offered to the solver.
-    for policy in (p for p in POLICIES if p not in measured and p != "keep"):
+    # On a CPU there is nowhere to offload to.
+    offered = [p for p in POLICIES if p != "keep" and (p not in OFFLOADED or device.kind == "cuda")]
+    for policy in (p for p in offered if p not in measured):
         anchor = min(measured, key=lambda p: abs(POLICIES.index(p) - POLICIES.index(policy)))
         time, peak = measured[anchor]
         measured[policy] = (time * work[policy] / work[anchor], peak + peaks[policy] - peaks[anchor])

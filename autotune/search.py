@@ -10,7 +10,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -32,12 +32,12 @@ from autotune.space import (
     why_skip,
 )
 from fastft.config import RunConfig
-from fastft.errors import MeasureError, OutputError, unknown_choice
+from fastft.errors import MeasureError, unknown_choice
 from fastft.files import sha256_of
 from fastft.hardware import Device, detect_device, soft_facts, software_versions
 from fastft.models.shapes import ModelShape
 from fastft.plan import Choices, Evidence, Plan, PlanKey, Trial
-from fastft.plan_store import PlanStore
+from fastft.plan_store import PlanStore, cache_lock
 from fastft.planning import gib, model_shape, plan_key, tune_command
 
 MIXED_HEADROOM = 0.99
@@ -338,25 +338,12 @@ class _Search:
 @contextmanager
 def _device_lock(store: PlanStore, device: Device, report: Callable[[Progress], None]) -> Iterator[None]:
     """One tuner a device: two at a time would time each other."""
-    import filelock
-
-    name = f"{device.kind}-{sha256_of([device.name, device.bus_id])[:16]}.lock"
-    folder = store.cache / "locks"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / name)
+    path = store.cache / "locks" / f"{device.kind}-{sha256_of([device.name, device.bus_id])[:16]}.lock"
+    with ExitStack() as held:
         try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
+            held.enter_context(cache_lock(path, timeout=0))
+        except TimeoutError:
             _log.info("another tuning runs on %s; waiting for it to end", device.name)
             report(Progress("waiting", 0, 0, None, None, None, None))
-            lock.acquire()
-    except OSError as error:
-        raise OutputError(
-            f"cannot lock the device in {folder}", got=error.strerror or str(error),
-            fix="set FASTFT_CACHE_DIR to a folder that you may write to",
-        ) from error  # fmt: skip
-    try:
+            held.enter_context(cache_lock(path))
         yield
-    finally:
-        lock.release()

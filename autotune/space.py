@@ -15,7 +15,7 @@ from fastft.config import RunConfig
 from fastft.hardware import Device
 from fastft.memory_model import estimate_peak_bytes
 from fastft.models.shapes import ModelShape
-from fastft.plan import POLICIES, Choices, Policy, Trial
+from fastft.plan import OFFLOADED, POLICIES, Choices, Policy, Trial
 from fastft.planning import divisors, without_plan
 
 EffortName = Literal["quick", "full", "exhaustive"]
@@ -111,7 +111,9 @@ def candidates(config: RunConfig, shape: ModelShape, device: Device, effort: Eff
         for size in sizes[-2:]:
             add(default.backend, size, "keep")
         return found
-    more: tuple[Policy, ...] = ("keep", "mlp", "full")
+    more: list[Policy] = ["keep", "mlp", "full"]
+    if device.kind == "cuda":
+        more += OFFLOADED
     for backend in fused:
         for policy in more:
             for size in sizes:
@@ -143,6 +145,7 @@ def why_skip(candidate: Choices, trials: Sequence[Trial], effort: EffortName) ->
     if policy is None:
         return None
     rank = POLICIES.index(policy)  # from most to least memory
+    recomputed = POLICIES.index(OFFLOADED.get(policy, policy))
     same_backend = [t for t in trials if t.choices.backend == candidate.backend and uniform_policy(t.choices)]
     for trial in same_backend:
         other = POLICIES.index(trial.choices.placement[0])
@@ -152,9 +155,11 @@ def why_skip(candidate: Choices, trials: Sequence[Trial], effort: EffortName) ->
             effort != "exhaustive"
             and trial.verdict == "ok"
             and trial.choices.micro_batch == candidate.micro_batch
-            and other < rank
+            and trial.choices.placement[0] not in OFFLOADED
+            and (other < recomputed or (policy in OFFLOADED and other == recomputed))
         ):
-            return f"recomputes more than {trial.choices.summary()}, which fits"
+            more = "recomputes more" if other < recomputed else "moves more"
+            return f"{more} than {trial.choices.summary()}, which fits"
     if policy == "keep":
         ran = [
             t

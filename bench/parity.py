@@ -178,7 +178,7 @@ def ragged_batch(vocabulary_size: int, batch_size: int, sequence_tokens: int, *,
 
 
 def shallow_placement(placement: list[Policy], layers: int) -> list[Policy]:
-    """A placement for a copy of `layers` layers (4 or more) in which every policy of `placement` still occurs."""
+    """A placement for a copy of `layers` layers (6 or more) in which every policy of `placement` still occurs."""
     kinds = list(dict.fromkeys(placement))
     return kinds + [kinds[-1]] * (layers - len(kinds))
 
@@ -288,7 +288,7 @@ def _backward(session: Any, batch: "dict[str, Tensor]") -> Backward:
 
     loss = session.forward_backward(batch)
     # fp16 trains with a scaled loss, so the gradients are scaled as well.
-    scale = 1.0 if session._scaler is None else session._scaler.get_scale()
+    scale = session.gradient_scale
     gradients = {
         name: parameter.grad.detach().to("cpu", torch.float32) / scale
         for name, parameter in session.model.named_parameters()

@@ -172,7 +172,7 @@ def _speed(
         warmup_steps=2,
         steps=6,
         data="random",
-        gate=GateSize(layers=4, sequence_tokens=512),
+        gate=GateSize(layers=6, sequence_tokens=512),
     )
 
 

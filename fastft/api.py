@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from fastft.backends import load_backend
-from fastft.config import LLAMA_LINEARS, RunConfig, parse_bytes
+from fastft.config import RunConfig, parse_bytes
 from fastft.engine.patch import patch_model, unpatch_model
 from fastft.errors import ConfigError, FastftError, ModelError, unknown_choice
 from fastft.hardware import Device, detect_device
 from fastft.memory_model import best_placement_under
 from fastft.models.loading import DTYPES, load_model, load_tokenizer, resolve_model, torch_dtype
 from fastft.models.shapes import ModelShape
+from fastft.models.spec import SPECS
 from fastft.plan import POLICIES, Choices, Plan, Policy
 from fastft.plan_store import PlanStore, read_foreign_plan
 
@@ -111,7 +112,7 @@ class FastLanguageModel:
     def get_peft_model(
         model: Any,
         r: int = 16,
-        target_modules: Sequence[str] | str = LLAMA_LINEARS,
+        target_modules: Sequence[str] | str = "all-linear",
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         bias: str = "none",
@@ -125,7 +126,7 @@ class FastLanguageModel:
 
         Args:
             r: rank.
-            target_modules: names of linear layers; `"all-linear"` is all seven.
+            target_modules: names of linear layers; `"all-linear"` is all of the decoder's.
             lora_alpha: the adapter's output is scaled by alpha / r (alpha / √r with `use_rslora`).
             lora_dropout: on the adapters' input.
             bias: as in `peft.LoraConfig`.
@@ -147,14 +148,17 @@ class FastLanguageModel:
                 fix="load it there, or use peft.get_peft_model inside fastft.patch_hf_training()",
             )  # fmt: skip
         config, shape, device = model.__dict__[_REQUEST]
+        targets = target_modules
         if isinstance(target_modules, str):
             if target_modules != "all-linear":
                 raise ConfigError(
                     "target_modules is not a list of names", got=target_modules, allowed="a list, or all-linear",
                     fix="list the layers",
                 )  # fmt: skip
-            target_modules = LLAMA_LINEARS
-        chosen = {"rank": r, "alpha": lora_alpha, "dropout": lora_dropout, "targets": tuple(target_modules)}
+            # Without a layer specification it is for PEFT to find them.
+            targets = target_modules if shape is None else SPECS[shape.family].targets
+        names = (targets,) if isinstance(targets, str) else tuple(targets)
+        chosen = {"rank": r, "alpha": lora_alpha, "dropout": lora_dropout, "targets": names}
         config = RunConfig.of({**config.model_dump(), "lora": {**chosen, "rslora": use_rslora}})
         # A quantized model keeps its dtypes: see `fastft.training.session.add_adapters`.
         torch.manual_seed(random_state)
@@ -162,7 +166,7 @@ class FastLanguageModel:
             model,
             PeftLoraConfig(
                 r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias=bias, use_rslora=use_rslora,  # type: ignore[arg-type]
-                target_modules=list(target_modules), task_type="CAUSAL_LM", **lora,
+                target_modules=targets if isinstance(targets, str) else list(targets), task_type="CAUSAL_LM", **lora,
             ),
         )  # fmt: skip
         _put_backend_in(adapted, config, shape, device, use_gradient_checkpointing)
@@ -173,8 +177,9 @@ def patch_hf_training(*, backend: str = "auto", strict: bool = False) -> "HfPatc
     """From now on, every `PeftModel` that is created runs on the fast backend.
 
     One line before code that was written for stock PEFT.  Defaults stay: checkpointing is what the code asks for,
-    dtypes and initialisation are PEFT's.  Models of a family that the engine does not know stay stock, with one logged
-    line.  Undo it with `.undo()`, or use it as a context manager.
+    dtypes and initialisation are PEFT's.  Models of a family without a layer specification run part by part, and one
+    line for each reason says what stays stock (see `fastft.patch_model`).  Undo it with `.undo()`, or use it as a
+    context manager.
 
     Args:
         backend: auto (triton on a GPU, eager elsewhere), triton or eager.
@@ -246,20 +251,20 @@ def _put_backend_in(
         raise unknown_choice(
             "use_gradient_checkpointing", str(checkpointing), ["auto", "unsloth", "True", "False", *POLICIES]
         )
-    if shape is None and config.backend not in ("auto", "peft"):
-        raise ModelError("the model's family has no layer specification", got=config.model, fix="use backend peft")
     plan = _find_plan(config, shape, device) if shape is not None and backend != "peft" else None
     if plan is not None:
         log.info("plan %s: %s", plan.id, plan.choices.summary())
         if config.backend == "auto":
             backend = plan.choices.backend
     if backend == "peft" or shape is None:
-        # Stock knows all layers or none; left to choose without a plan, it takes what always fits.
+        # Hugging Face checkpoints all layers or none; left to choose without a plan, it takes what always fits.
         if checkpointing in ("auto", "unsloth"):
             checkpointing = plan is None or "full" in plan.choices.placement
         if checkpointing in (True, "full"):
             adapted.gradient_checkpointing_enable({"use_reentrant": False})
             adapted.enable_input_require_grads()
+        if backend != "peft":
+            patch_model(adapted, backend=backend, strict=config.strict)
         return
     placement: Any
     if checkpointing in ("auto", "unsloth"):
@@ -271,6 +276,7 @@ def _put_backend_in(
     more: dict[str, Any] = {}
     if plan is not None:
         more = {"attention": plan.choices.attention, "loss_chunk_tokens": plan.choices.loss_chunk_tokens}
+        more["graphs"] = plan.choices.graphs
     patch_model(adapted, backend=backend, placement=placement, strict=config.strict, **more)
 
 
@@ -324,7 +330,7 @@ class _AutoPlacement:
         placement = best_placement_under(self._cap, self._shape, choices, config, device=self._device)
         if placement is None:
             log.warning("no placement is predicted to fit %.2f GiB; taking the smallest", self._cap / 2**30)
-            return ["full"] * layers
+            return ["offload" if self._device.kind == "cuda" else "full"] * layers
         chosen = Choices(backend=self._backend, micro_batch=batch, accumulation=1, placement=placement)
         log.info("no plan is cached; by estimate: %s", chosen.summary())
         return placement

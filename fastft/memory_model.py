@@ -9,12 +9,13 @@ size, V vocabulary; `a` bytes an activation element.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
 
 from fastft.config import RunConfig
 from fastft.hardware import Device, resolve_dtype
 from fastft.models.shapes import ModelShape
-from fastft.plan import POLICIES, Choices, Policy
+from fastft.plan import OFFLOADED, POLICIES, Choices, Policy
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes an element."""
@@ -25,6 +26,8 @@ _OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256}
 """Bytes of optimizer state a parameter: two moments in fp32, or in 8 bits with an fp32 scale a block of 256."""
 _ADAPTER_BYTES = 4
 """Adapters, and their gradients, are fp32."""
+_FLOPS_A_MOVED_BYTE = 12_000
+"""What a GPU computes while a byte crosses to the host or back: H200 650e12 over 54e9, A100 250e12 over 24e9."""
 _CPU_RUNTIME_BYTES = 460 * 2**20
 """Resident set of a process that imported torch, transformers and peft, measured on Linux (torch 2.13): on a CPU
 the peak is the process's, so this is part of it."""
@@ -42,6 +45,8 @@ class MemoryTerms:
     """What the backward of one decoder layer needs while it runs: recomputed activations and gradients."""
     head: int
     """Final norm, a chunk of logits and its gradient."""
+    moved: dict[Policy, int] = field(default_factory=dict)
+    """What one decoder layer copies to the host and back; nothing where it is not named."""
 
     def peak(self, placement: Sequence[Policy]) -> int:
         """The highest sum along the backward, which frees what layers saved from the last layer to the first."""
@@ -77,22 +82,27 @@ def memory_terms(shape: ModelShape, choices: Choices, config: RunConfig, device:
 
     if choices.backend == "peft":
         everything = _stock_layer_bytes(shape, a)
-        saved_per_token = dict.fromkeys(POLICIES, everything) | {"full": float(a * D)}
+        # Stock knows checkpointing or none; what the engine offloads stands for checkpointing here.
+        checkpointed: dict[Policy, float] = dict.fromkeys(("full", *OFFLOADED), float(a * D))
+        saved_per_token = dict.fromkeys(POLICIES, everything) | checkpointed
         # All logits at once: in the dtype, upcast, log-softmax and its gradient, all fp32.
         head = T * V * (a + 12)
     else:
         saved_per_token = _fused_layer_bytes(shape, a, config.lora.rank)
         everything = saved_per_token["keep"]
         head = min(choices.loss_chunk_tokens, T) * V * (a + 4)
-    gradients = a * (3 * F + 3 * D + 2 * (shape.heads + shape.kv_heads) * shape.head_dim)
+    gradients = a * ((2 + shape.spec.gated) * F + 3 * D + 2 * (shape.heads + shape.kv_heads) * shape.head_dim)
+    # Of what goes to the host, the device holds one layer's share in use and one on its way.
+    moving = {p: 0 if p not in OFFLOADED or choices.backend == "peft" else saved_per_token[p] for p in POLICIES}
     return MemoryTerms(
         model=math.ceil(base + adapters + runtime),
-        saved={policy: math.ceil(T * saved_per_token[policy]) for policy in POLICIES},
+        saved={p: 0 if moving[p] else math.ceil(T * saved_per_token[p]) for p in POLICIES},
         working={
-            policy: math.ceil(T * (everything - saved_per_token[policy] + gradients) + dequantized)
-            for policy in POLICIES
+            p: math.ceil(T * (everything - saved_per_token[p] + 2 * moving[p] + gradients) + dequantized)
+            for p in POLICIES
         },
         head=math.ceil(head + T * 3 * D * a),
+        moved={p: math.ceil(T * size) for p, size in moving.items() if size},
     )
 
 
@@ -105,15 +115,17 @@ def recompute_flops(shape: ModelShape, policy: Policy, sequence_tokens: int, bac
     """FLOPs a token and layer that `policy` spends again in the backward; norms and activations count as none.
 
     `mlp` repeats gate and up (2 FLOPs a weight), `full` also q, k, v, o and causal attention (2·S·Q: half of
-    4·S·Q).  The fused layer never repeats the down projection, stock checkpointing does.
+    4·S·Q).  The fused layer repeats the down projection only where a norm stands behind it, stock checkpointing always.
     """
     sizes = shape.linear_sizes
+    policy = OFFLOADED.get(policy, policy)
     if policy in ("keep", "light") or (backend == "peft" and policy == "mlp"):
         return 0.0
-    names = ["gate_proj", "up_proj"]
+    names = list(shape.gate_up_names)
     if policy == "full":
-        names += ["q_proj", "k_proj", "v_proj", "o_proj"]
-        names += ["down_proj"] if backend == "peft" else []
+        names = list(sizes)
+        if backend != "peft" and shape.spec.post_mlp_norm is None:
+            names.pop()  # the down projection
     flops = 2.0 * sum(sizes[name][0] * sizes[name][1] for name in names)
     return flops + (2.0 * sequence_tokens * shape.heads * shape.head_dim if policy == "full" else 0.0)
 
@@ -135,24 +147,37 @@ def best_placement_under(
 
     The layers that save most come last: the peak is at the start of the backward, when every layer's share is
     still held, and a last layer that recomputes nothing adds no buffers just then.  `keep` is not used: what it
-    gains over `light` is for measurement to say.
+    gains over `light` is for measurement to say.  Host memory is used on a GPU only; of two placements that compute
+    the same again, the one that moves less.
     """
     terms = memory_terms(shape, choices, config, device)
     layers = shape.layers
-    ladder: tuple[Policy, ...] = ("light", "full") if choices.backend == "peft" else ("light", "mlp", "full")
-    flops = {policy: recompute_flops(shape, policy, config.sequence_tokens, choices.backend) for policy in ladder}
     if choices.backend == "peft":
         # Stock checkpoints all layers or none.
-        uniform: list[list[Policy]] = [[policy] * layers for policy in ladder]
+        uniform: list[list[Policy]] = [[policy] * layers for policy in ("light", "full")]
         return next((placement for placement in uniform if terms.peak(placement) <= cap_bytes), None)
+    ladder: list[Policy] = ["light", "mlp", "full"]
+    if device is None or device.kind == "cuda":
+        ladder += OFFLOADED
+    T = choices.micro_batch * config.sequence_tokens
+    # A copy is hidden behind a layer's forward, or costs by how much it outlasts it.
+    hidden = step_flops(shape, config.sequence_tokens) / 2
+    flops = {
+        policy: recompute_flops(shape, policy, config.sequence_tokens, choices.backend)
+        + max(0.0, terms.moved.get(policy, 0) / T * _FLOPS_A_MOVED_BYTE - hidden)
+        for policy in ladder
+    }
     best: tuple[float, int, list[Policy]] | None = None
-    for full in range(layers + 1):
-        for mlp in range(layers - full + 1):
-            counts: tuple[tuple[Policy, int], ...] = (("full", full), ("mlp", mlp), ("light", layers - full - mlp))
-            placement = [policy for policy, count in counts for _ in range(count)]
-            price = full * flops["full"] + mlp * flops["mlp"]
-            if (best is None or (price, full) < best[:2]) and terms.peak(placement) <= cap_bytes:
-                best = (price, full, placement)
+    for three in combinations(ladder, min(3, len(ladder))):
+        small_first = sorted(three, key=lambda policy: (terms.saved[policy], -flops[policy]))
+        for first in range(layers + 1):
+            for second in range(layers - first + 1):
+                counts = (first, second, layers - first - second)
+                placement = [p for p, count in zip(small_first, counts, strict=True) for _ in range(count)]
+                price = sum(count * flops[p] for p, count in zip(small_first, counts, strict=True))
+                moved = sum(p in OFFLOADED for p in placement)
+                if (best is None or (price, moved) < best[:2]) and terms.peak(placement) <= cap_bytes:
+                    best = (price, moved, placement)
     return None if best is None else best[2]
 
 
@@ -160,14 +185,24 @@ def _fused_layer_bytes(shape: ModelShape, a: int, rank: int) -> dict[Policy, flo
     """Bytes a token that one engine layer saves, by policy; the twin of `fastft.engine.layer.SAVED`.
 
     full: x.  mlp: x, q, k, v, attention's output and log-sum-exp, x after attention, the adapters' narrow
-    intermediates.  light: mlp, gate, up and theirs.  keep: light, both norms' outputs, the activation.  The
+    intermediates.  light: mlp, gate, up and theirs.  keep: light, the norms' outputs, the activation.  The
     statistics of norms and softmax are fp32.
     """
     D, F = shape.hidden, shape.intermediate
     Q, K = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    mlp = a * (2 * D + 2 * Q + 2 * K + 4 * rank) + 4 * shape.heads + 8
-    light = mlp + a * (2 * F + 3 * rank)
-    return {"keep": light + a * (2 * D + F), "light": light, "mlp": mlp, "full": float(a * D)}
+    spec = shape.spec
+    # What a norm takes is saved instead of what it gives, so the norms of heads and the one behind attention cost
+    # nothing; the one behind the MLP does.  With attention and MLP in parallel there is no x between them.
+    streams = 1 + (spec.mlp_norm is not None) + (spec.post_mlp_norm is not None)
+    mlp_inputs = 1 + spec.gated
+    norms = 1 + (spec.mlp_norm is not None and spec.post_attention_norm is None) + (spec.post_mlp_norm is not None)
+    mlp = a * (streams * D + 2 * Q + 2 * K + (len(spec.qkv) + 1) * rank) + 4 * shape.heads + 4 * norms
+    light = mlp + a * (mlp_inputs * F + (len(spec.gate_up) + 1) * rank)
+    given = D * (1 + (spec.mlp_norm is not None) + (spec.post_attention_norm is not None))
+    given += 0 if spec.head_norms is None else Q + K
+    full = float(a * D)
+    keep = light + a * (given + F)
+    return {"keep": keep, "light": light, "mlp": mlp, "full": full, "offload_mlp": mlp, "offload": full}
 
 
 def _stock_layer_bytes(shape: ModelShape, a: int) -> float:
@@ -179,5 +214,10 @@ def _stock_layer_bytes(shape: ModelShape, a: int) -> float:
     """
     D, F = shape.hidden, shape.intermediate
     Q, K = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    adapter_inputs = (2 * D if a == 4 else 5 * D) + Q + F
-    return 4 * 2 * D + a * (2 * Q + 2 * K + 3 * F + adapter_inputs) + 4 * shape.heads
+    spec = shape.spec
+    copies = len(spec.qkv) + len(spec.gate_up)
+    adapter_inputs = (min(2, copies) * D if a == 4 else copies * D) + Q + F
+    norms = len(spec.norms) - len(spec.head_norms or ())
+    head_norms = 0 if spec.head_norms is None else Q + K
+    activations = (1 + 2 * spec.gated) * F
+    return 4 * (norms * D + head_norms) + a * (2 * Q + 2 * K + activations + adapter_inputs) + 4 * shape.heads

@@ -16,9 +16,12 @@ from fastft.files import canonical_json, sha256_of
 PLAN_SCHEMA = 1
 SEARCH_SPACE_VERSION = 1
 
-Policy = Literal["keep", "light", "mlp", "full"]
-POLICIES: tuple[Policy, ...] = ("keep", "light", "mlp", "full")
-"""What a decoder layer saves for its backward, from most to least memory (see `fastft.engine`)."""
+Policy = Literal["keep", "light", "mlp", "full", "offload_mlp", "offload"]
+POLICIES: tuple[Policy, ...] = ("keep", "light", "mlp", "full", "offload_mlp", "offload")
+"""What a decoder layer saves for its backward, from most to least memory on the device (see `fastft.engine.layer`); the
+last two save what `mlp` and `full` do, in host memory."""
+OFFLOADED: dict[Policy, Policy] = {"offload_mlp": "mlp", "offload": "full"}
+"""What is saved, and computed again, by the policies that use host memory."""
 
 
 class _Frozen(BaseModel):
@@ -74,6 +77,8 @@ class Choices(_Frozen):
     """An implementation of `fastft.kernels.attention`, or auto."""
     loss_chunk_tokens: int = Field(default=2048, ge=1)
     """Labelled rows whose logits exist at a time."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """Whether CUDA graphs replay the layers; auto: where a step is small enough to be bound by its launches."""
 
     def summary(self) -> str:
         """One phrase for people: `triton, 4×2 sequences, placement 20×light + 12×full`."""

@@ -13,7 +13,7 @@ import re
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -235,27 +235,46 @@ class PlanStore:
 
     @contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
-        import filelock
-
-        lock = filelock.FileLock(f"{path}.lock", timeout=LOCK_SECONDS)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except filelock.Timeout as error:
-            raise OutputError(
-                f"the plan {path} is locked",
-                got=f"no answer in {LOCK_SECONDS:.0f} s",
-                fix="end the process that holds it",
-            ) from error
-        except OSError as error:
-            raise OutputError(
-                f"cannot write to the plan folder {path.parent}", got=error.strerror or str(error),
-                fix="set FASTFT_CACHE_DIR to a folder that you may write to",
-            ) from error  # fmt: skip
-        try:
+        with ExitStack() as held:
+            try:
+                held.enter_context(cache_lock(Path(f"{path}.lock"), timeout=LOCK_SECONDS))
+            except TimeoutError as error:
+                raise OutputError(
+                    f"the plan {path} is locked",
+                    got=f"no answer in {LOCK_SECONDS:.0f} s",
+                    fix="end the process that holds it",
+                ) from error
             yield
-        finally:
-            lock.release()
+
+
+@contextmanager
+def cache_lock(path: Path, *, timeout: float = -1) -> Iterator[None]:
+    """Hold the lock file `path` under the cache folder, which is created where it is missing.
+
+    Args:
+        timeout: seconds to wait for another holder; negative waits for ever.
+
+    Raises:
+        TimeoutError: another process holds it.
+        OutputError: the folder cannot be written.
+    """
+    import filelock
+
+    lock = filelock.FileLock(path, timeout=timeout)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise TimeoutError(str(path)) from error
+    except OSError as error:
+        raise OutputError(
+            f"cannot lock {path}", got=error.strerror or str(error),
+            fix="set FASTFT_CACHE_DIR to a folder that you may write to",
+        ) from error  # fmt: skip
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _examine(path: Path) -> Plan:

@@ -191,7 +191,7 @@ def without_plan(config: RunConfig, shape: ModelShape, device: Device, why: str,
     if cap is not None:
         fitting = _fastest_under(cap, config, shape, device, choices)
         if fitting is None:
-            smallest = _smallest(config, shape, choices)
+            smallest = _smallest(config, shape, choices, device)
             need = memory_terms(shape, smallest, config, device).model
             if need > cap:
                 raise PlanError(
@@ -201,7 +201,7 @@ def without_plan(config: RunConfig, shape: ModelShape, device: Device, why: str,
                 )  # fmt: skip
             peak = estimate_peak_bytes(shape, smallest, config, device=device)
             warnings = (f"the smallest choices are estimated at {gib(peak)}, above the cap of {gib(cap)}",)
-        choices = fitting or _smallest(config, shape, choices)
+        choices = fitting or _smallest(config, shape, choices, device)
         why += f"; estimated under {gib(cap)}"
     message = f"{why}: default {choices.summary()}" + (f"; {hint}" if hint else "")
     return Resolution(plan=None, choices=choices, message=message, warnings=warnings)
@@ -331,9 +331,10 @@ def _fastest_under(cap: int, config: RunConfig, shape: ModelShape, device: Devic
     return None if best is None else best[1]
 
 
-def _smallest(config: RunConfig, shape: ModelShape, default: Choices) -> Choices:
+def _smallest(config: RunConfig, shape: ModelShape, default: Choices, device: Device) -> Choices:
+    smallest = "offload" if device.kind == "cuda" and default.backend != "peft" else "full"
     return _with_micro_batch(default, config, config.micro_batch or 1).model_copy(
-        update={"placement": [config.placement or "full"] * shape.layers, "loss_chunk_tokens": _SMALL_LOSS_CHUNK}
+        update={"placement": [config.placement or smallest] * shape.layers, "loss_chunk_tokens": _SMALL_LOSS_CHUNK}
     )
 
 

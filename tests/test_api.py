@@ -229,6 +229,26 @@ def test_strict_reaches_the_engine():
         gradients_of(model)
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager", "peft"])
+@pytest.mark.parametrize("checkpointing", ["auto", True, False])
+def test_a_family_without_a_layer_specification(backend, checkpointing, tmp_path, caplog):
+    torch.manual_seed(1)
+    transformers.AutoModelForCausalLM.from_config(_olmo2_config()).save_pretrained(tmp_path)
+    tiny = Path(fastft.__file__).parent / "models" / "tiny"
+    transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
+    model = load(str(tmp_path), backend=backend, strict=True)
+    model = FastLanguageModel.get_peft_model(model, r=2, use_gradient_checkpointing=checkpointing)
+    assert len(model.targeted_module_names) == 14
+    assert model.is_gradient_checkpointing is (checkpointing is not False)
+    if backend == "peft":
+        assert ledger_of(model) is None
+        return
+    counts = ledger_of(model).counts()
+    assert sum(count for line, count in counts.items() if line.startswith(("linear: fused", "norm: fused"))) == 14 + 9
+    assert counts["decoder_layer: stock, because no layer specification for olmo2"] == 2
+    assert_equals_stock(model)
+
+
 # Plans
 
 
@@ -357,6 +377,20 @@ def _gpt2() -> Any:
     return peft.get_peft_model(base, peft.LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM", r=2))
 
 
+def _olmo2_config() -> Any:
+    return transformers.Olmo2Config(
+        vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+
+
+def _olmo2(**lora: Any) -> Any:
+    base = transformers.AutoModelForCausalLM.from_config(_olmo2_config())
+    return peft.get_peft_model(
+        base, peft.LoraConfig(**{"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "r": 2, **lora})
+    )
+
+
 def _classifier() -> Any:
     config = SHAPES["toy-llama"].to_config()
     config.pad_token_id = 0
@@ -366,29 +400,46 @@ def _classifier() -> Any:
 
 @pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*")
 @pytest.mark.parametrize(
-    ("make", "message"), [(_gpt2, "not supported; got gpt2"), (_classifier, "no causal language model")]
+    ("make", "message", "linears"),
+    [(_gpt2, "no layer specification for gpt2", 1), (_classifier, "is no causal language model", 3)],
 )
-def test_models_that_the_engine_does_not_know_stay_stock_with_one_line(make, message, caplog):
-    with caplog.at_level(logging.INFO, logger="fastft"), patch_hf_training(backend="eager"):
+def test_models_without_a_layer_specification_run_part_by_part_and_say_so_once(make, message, linears, caplog):
+    with caplog.at_level(logging.INFO, logger="fastft"), patch_hf_training(backend="eager", strict=True):
         model = make()
-        assert ledger_of(model) is None
-        output = model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([0]) if make is _classifier else
-                       torch.tensor([[1, 2, 3]]))  # fmt: skip
-        output.loss.backward()
+        counts = ledger_of(model).counts()
+        assert counts["linear: fused (eager)"] == linears
+        labels = torch.tensor([0] if make is _classifier else [[1, 2, 3]])
+        model(input_ids=torch.tensor([[1, 2, 3]]), labels=labels).loss.backward()
+        assert ledger_of(model).counts() == counts
     lines = [record.getMessage() for record in caplog.records if record.name == "fastft"]
-    assert len(lines) == 1
-    assert "stays stock" in lines[0]
+    assert len(lines) == 1 + (make is _classifier), lines
     assert message in lines[0]
+    assert ledger_of(model) is None
 
 
-@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*")
-def test_strict_makes_both_kinds_of_fallback_errors():
+def test_what_is_no_hugging_face_model_is_fast_too():
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x)
+
+    with patch_hf_training(backend="eager"):
+        model = peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["linear"], r=2)).train()
+        model(torch.ones(1, 3)).sum().backward()
+        assert ledger_of(model).counts() == {"linear: fused (eager)": 1}
+
+
+def test_strict_makes_what_stays_stock_an_error():
     with patch_hf_training(backend="eager", strict=True):
-        with pytest.raises(ModelError, match="gpt2"):
-            _gpt2()
         with pytest.raises(BackendError, match="DoRA"):
             stock_model(use_dora=True)
+        with pytest.raises(BackendError, match=r"layers\.0\.self_attn\.q_proj.*DoRA"):
+            _olmo2(use_dora=True)
         assert stock_model() is not None
+        assert _olmo2() is not None
 
 
 def test_patches_come_off_in_the_reverse_order():

@@ -249,7 +249,7 @@ def test_a_cap_respects_what_the_run_sets(store: PlanStore) -> None:
     config = RunConfig(model="llama-3-8b", quantization="nf4", sequence_tokens=2048, memory_cap="13GiB", micro_batch=4)
     found = resolve(config, SHAPES["llama-3-8b"], GPU, store)
     assert found.choices.micro_batch == 4
-    assert "full" in found.choices.placement
+    assert {"mlp", "offload_mlp"} & set(found.choices.placement)
 
 
 def test_a_cap_below_the_model_is_refused(store: PlanStore) -> None:
@@ -261,7 +261,7 @@ def test_a_cap_below_the_model_is_refused(store: PlanStore) -> None:
 def test_a_cap_that_only_just_holds_the_model_warns(store: PlanStore) -> None:
     config = RunConfig(model="llama-3-8b", quantization="nf4", sequence_tokens=4096, memory_cap="6.2GiB")
     found = resolve(config, SHAPES["llama-3-8b"], GPU, store)
-    assert (found.choices.micro_batch, set(found.choices.placement)) == (1, {"full"})
+    assert (found.choices.micro_batch, set(found.choices.placement)) == (1, {"offload"})
     assert "above the cap of 6.20 GiB" in found.warnings[0]
 
 

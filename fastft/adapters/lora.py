@@ -4,11 +4,14 @@ The engine copies nothing: weights and adapters stay in PEFT's modules, where `s
 callbacks expect them, and are looked up again in every forward.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fastft.models.quantized import dense_weight, is_packed_for_cpu, is_quantized
 
@@ -16,8 +19,13 @@ _CAPTURING = "transformers.utils.output_capturing"
 """Its hooks stay once hidden states or attention weights were asked for; idle, unless they are asked for again."""
 
 
+PACKED = "bitsandbytes packed its weight for inference on the CPU"
+_Forward = TypeVar("_Forward", bound=Callable[..., Any])
+_STAND_INS: set[Callable[..., Any]] = set()
+
+
 class AdaptedLinear(NamedTuple):
-    """y = x·Wᵀ + bias + scaling · dropout(x)·Aᵀ·Bᵀ, with W (out × in), A (rank × in), B (out × rank)."""
+    """y = x·Wᵀ + bias + scaling · (dropout(x)·Aᵀ·Bᵀ + b_bias), with W (out × in), A (rank × in), B (out × rank)."""
 
     module: nn.Module
     """The base layer; `weight` makes its matrix dense."""
@@ -26,10 +34,13 @@ class AdaptedLinear(NamedTuple):
     b: torch.Tensor | None
     scaling: float
     dropout: float
+    b_bias: torch.Tensor | None = None
+    """(out); PEFT's `lora_bias`."""
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The frozen matrix (out × in) in `dtype`; a quantized one is dequantized anew at each call."""
-        return dense_weight(self.module, dtype)
+        weight = dense_weight(self.module, dtype)
+        return weight.t() if isinstance(self.module, Conv1D) else weight
 
 
 def read_linear(module: nn.Module) -> AdaptedLinear:
@@ -52,14 +63,17 @@ def read_linear(module: nn.Module) -> AdaptedLinear:
         b,
         float(module.scaling[name]),
         float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0,
+        _bias(module.lora_B[name]),
     )
 
 
 def why_not_fused(module: nn.Module) -> str | None:
-    """Why the fused path cannot run this linear layer, or None where it can."""
-    reason = why_called(module)
-    if reason is not None:
-        return reason
+    """Why a fused decoder layer cannot take this linear layer's tensors, or None where it can."""
+    return why_called(module) or why_not_alone(module) or _why_biased(module)
+
+
+def why_not_alone(module: nn.Module) -> str | None:
+    """Why `fastft.engine.linear` cannot compute this linear layer, called as such, or None where it can."""
     base = module
     if isinstance(module, LoraLayer):
         # AdaLoRA's layers, for one, are LoraLayers too, and compute something else.
@@ -73,9 +87,7 @@ def why_not_fused(module: nn.Module) -> str | None:
             return f"{len(active)} adapters are active at once"
         if any(name in module.lora_variant for name in active):
             return "its LoRA is a variant (such as DoRA)"
-        if any(module.lora_B[name].bias is not None for name in active):
-            return "its LoRA has a bias"
-        if getattr(module, "fan_in_fan_out", False):
+        if getattr(module, "fan_in_fan_out", False) and not isinstance(base, Conv1D):
             return "its weight is stored transposed"
         parts = [part[name] for part in (module.lora_A, module.lora_B, module.lora_dropout) for name in active]
         for what, part in (("base layer", base), *(("adapter", part) for part in parts)):
@@ -84,13 +96,22 @@ def why_not_fused(module: nn.Module) -> str | None:
                 return f"its {what}: {reason}"
     elif module.__class__.__module__.startswith("peft."):
         return f"{module.__class__.__name__} is not LoRA"
-    if not (type(base) is nn.Linear or is_quantized(base)):
+    if not (type(base) in (nn.Linear, Conv1D) or is_quantized(base)):
         return f"{type(base).__name__} is not a linear layer that the engine knows"
+    if base is not module and base is not module.base_layer:
+        return "two adapter layers are nested"
     if is_packed_for_cpu(base):
-        return "bitsandbytes packed its weight for inference on the CPU"
+        return PACKED
     if base.weight.requires_grad:
         return "its base weight is trained"
-    if base.bias is not None and base.bias.requires_grad:
+    return None
+
+
+def _why_biased(module: nn.Module) -> str | None:
+    linear = read_linear(module)
+    if linear.b_bias is not None:
+        return "its LoRA has a bias"
+    if linear.bias is not None and linear.bias.requires_grad:
         return "its bias is trained"
     return None
 
@@ -100,9 +121,19 @@ def why_called(module: nn.Module) -> str | None:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(getattr(hook, "__module__", None) != _CAPTURING for group in hooks for hook in group.values()):
         return "it has hooks"
-    if "forward" in module.__dict__:
+    forward = module.__dict__.get("forward")
+    if forward is not None and not (isinstance(forward, MethodType) and forward.__func__ in _STAND_INS):
         return "its forward was replaced"
     return None
+
+
+def stand_in(forward: _Forward) -> _Forward:
+    """Decorates a `forward` of the engine that computes what the module's class does.
+
+    A module that has it, and nothing else in its way, may also be read instead of called.
+    """
+    _STAND_INS.add(forward)
+    return forward
 
 
 def _bias(module: nn.Module) -> torch.Tensor | None:

@@ -22,45 +22,45 @@ class Backend(NamedTuple):
     """The operations that the engine's layer function is written over."""
 
     name: str
-    rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    rms_norm_backward: Callable[..., torch.Tensor]
-    swiglu: Callable[..., torch.Tensor]
-    swiglu_backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    normalise: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    add_and_normalise: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    normalise_backward: Callable[..., torch.Tensor]
+    activate: Callable[..., torch.Tensor]
+    activate_backward: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]
     rope_: Callable[..., torch.Tensor]
     cross_entropy_: Callable[..., torch.Tensor]
 
 
 def _eager() -> Backend:
+    from fastft.kernels.activation import reference as activation
     from fastft.kernels.cross_entropy import reference as cross_entropy
-    from fastft.kernels.rms_norm import reference as rms_norm
+    from fastft.kernels.norm import reference as norm
     from fastft.kernels.rope import reference as rope
-    from fastft.kernels.swiglu import reference as swiglu
 
-    return _collect("eager", rms_norm, swiglu, rope, cross_entropy)
+    return _collect("eager", norm, activation, rope, cross_entropy)
 
 
 def _triton() -> Backend:
     try:
+        from fastft.kernels.activation import triton as activation
         from fastft.kernels.cross_entropy import triton as cross_entropy
-        from fastft.kernels.rms_norm import triton as rms_norm
+        from fastft.kernels.norm import triton as norm
         from fastft.kernels.rope import triton as rope
-        from fastft.kernels.swiglu import triton as swiglu
     except ImportError as error:
         raise BackendError(
             "backend triton needs the triton package", got=str(error), fix="pip install 'triton>=3.6' on Linux"
         ) from error
-    return _collect("triton", rms_norm, swiglu, rope, cross_entropy)
+    return _collect("triton", norm, activation, rope, cross_entropy)
 
 
-def _collect(name: str, rms_norm: Any, swiglu: Any, rope: Any, cross_entropy: Any) -> Backend:
+def _collect(name: str, norm: Any, activation: Any, rope: Any, cross_entropy: Any) -> Backend:
     return Backend(
         name,
-        rms_norm.rms_norm,
-        rms_norm.add_rms_norm,
-        rms_norm.rms_norm_backward,
-        swiglu.swiglu,
-        swiglu.swiglu_backward,
+        norm.normalise,
+        norm.add_and_normalise,
+        norm.normalise_backward,
+        activation.activate,
+        activation.activate_backward,
         rope.rope_,
         cross_entropy.cross_entropy_,
     )

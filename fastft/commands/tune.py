@@ -21,7 +21,7 @@ from fastft.siblings import import_sibling
 if TYPE_CHECKING:
     from autotune.search import Progress, TuneResult
 
-GATE_LAYERS = 4
+GATE_LAYERS = 6
 """Depth at which a shipped shape is checked: one layer a placement policy."""
 
 

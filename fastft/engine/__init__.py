@@ -1,11 +1,30 @@
-"""The engine: one decoder layer is one `autograd.Function`, so fastft chooses what the backward keeps.
+"""The engine: fastft's own forward and backward of a model's layers, so that it chooses what the backward keeps.
 
-    layer.py     the decoder layer: forward, backward, and what each policy saves
-    loss.py      head and cross-entropy together, in chunks of labelled rows
-    norm.py      the final norm
+A model of a known family (`fastft.models.spec`) runs layer by layer:
+
+    forwards.py  what the backbone and its decoder layers call instead of Hugging Face's `forward`
+    runtime.py   gathers the layers of one forward into runs, and remembers what it read of them
+    parts.py     what is read of a layer, and what a forward tells it
+    layer.py     one decoder layer: forward, backward, and what each policy saves
+    runs.py      layers one after the other
+    stack.py     a run as one autograd function
+    bank.py      all adapters in one buffer;  optimizer_step.py  updates them at once
+    graphs.py    CUDA graphs of a run
+    offload.py   what waits for its backward in host memory
+    watch.py     notices cheaply that a layer is no longer what was read
+
+Any other model, and a layer that cannot run as a whole, runs part by part:
+
+    generic.py   finds the parts;  linear.py  a LoRA linear alone;  logits.py  head and loss of any model
+
+Both:
+
     patch.py     puts the engine into a Hugging Face model, and takes it out again
-    ledger.py    which path each module runs, and why where it is not the fused one
+    state.py     what patched modules know
+    support.py   why a module cannot run fused;  ledger.py  which path each module runs
+    head.py, loss.py, norm.py   the model with head, head and cross-entropy together, the final norm
 
 Placement policies, from most to least memory: `keep` saves every intermediate, `light` recomputes norms and
-activations (bytes, not FLOPs), `mlp` recomputes the gate and up projections too, `full` saves the layer's input only.
+activations (bytes, not FLOPs), `mlp` recomputes the gate and up projections too, `full` saves the layer's input only;
+`offload_mlp` and `offload` keep what `mlp` and `full` do in host memory.
 """

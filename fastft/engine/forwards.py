@@ -5,27 +5,25 @@ copy of the model gets copies bound to its own modules.  What cannot run fused a
 the ledger says why.
 """
 
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.nn.modules.module as _global_hooks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastft.engine.loss import IGNORED
-from fastft.engine.parts import LayerCall, StepContext, read_parts
+from fastft.engine.norm import norm_forward
+from fastft.engine.parts import LayerCall, LayerParts, StepContext, read_parts
+from fastft.engine.runs import Run
+from fastft.engine.runtime import Runtime
 from fastft.engine.stack import run_layers
-from fastft.engine.state import (
-    EngineSettings,
-    ModuleState,
-    compute_dtype,
-    original_forward,
-    policy_of,
-    state_of,
-)
+from fastft.engine.state import EngineSettings, ModuleState, compute_dtype, original_forward, policy_of, state_of
 from fastft.engine.support import why_no_layer
 from fastft.kernels.attention.library import Seen, choose_attention
-from fastft.plan import Policy
+from fastft.kernels.attention.seen import documents_of, mask_of
 
 _ROWS = "_fastft_real_rows"
 """The keyword by which the backbone tells its layers which rows are real."""
@@ -43,19 +41,40 @@ def layer_forward(
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """A decoder layer: `hidden_states` (B × S × D) to the same."""
+    """A decoder layer: `hidden_states` (B × S × D) to the same, or unchanged where its call was put down for later."""
     rows_R = kwargs.pop(_ROWS, None)
     state = state_of(self)
     settings = state.settings
+    runtime = settings.runtime
     policy = policy_of(self)
     reason = state.replaced or _why_not_now(
         self, settings, hidden_states, attention_mask, past_key_values, position_embeddings, kwargs
     )
-    if reason is None:
+    parts = None
+    documents = runtime.behind(attention_mask)
+    if documents is not None:
+        attention_mask = None
+    if reason is None and runtime.begun:
+        parts, reason = runtime.layer(state.index)
+    elif reason is None:
+        reason = why_no_layer(self, settings.spec)
+        parts = read_parts(self, settings.spec) if reason is None else None
+    if parts is not None:
         assert position_embeddings is not None
-        call = _layer_call(self, state, policy, hidden_states, attention_mask, position_embeddings, rows_R)
+        seen = _seen(parts, attention_mask, documents)
+        context = _context(state, parts, hidden_states, seen, position_embeddings, rows_R)
+        # Drawn from the CPU's generator, which `torch.manual_seed` fixes, without touching the device's.
+        seed = int(torch.randint(2**62, ()).item()) if parts.has_dropout else 0
         settings.ledger.fused(state.name, "decoder_layer", settings.ops.name)
-        return run_layers(hidden_states, [call])
+        if runtime.put_down(state.index, context, policy, seed):
+            return hidden_states
+        return run_layers(hidden_states, Run((LayerCall(settings.ops, parts, context, policy, seed),)))
+    assert reason is not None
+    hidden_states = runtime.flush(hidden_states)
+    of_layer = runtime.layer(state.index)[0] if documents is not None else None
+    if of_layer is not None:
+        B, S, _ = hidden_states.shape
+        attention_mask = mask_of(_seen(of_layer, None, documents), B, S, hidden_states.device)
     arguments = {
         "attention_mask": attention_mask,
         "position_ids": position_ids,
@@ -68,7 +87,7 @@ def layer_forward(
     if not torch.is_grad_enabled():
         return original(hidden_states, **arguments)
     settings.ledger.stock(state.name, "decoder_layer", reason)
-    if policy == "full" and self.training and not self.gradient_checkpointing and past_key_values is None:
+    if policy == "full" and self.training and past_key_values is None:
         # The stock layer honours the same placement in its own way; a cache must not be written twice.
         return checkpoint(original, hidden_states, use_reentrant=False, **arguments)
     return original(hidden_states, **arguments)
@@ -93,43 +112,101 @@ def backbone_forward(
     The layers then leave padding out of all but attention.  The mask stays where padding itself is trained (`targets`,
     B × S, has some there) and where positions are given: those are taken for packed documents if there is no mask.
     """
-    if self.training and torch.is_grad_enabled():
+    state = state_of(self)
+    settings = state.settings
+    training = self.training and torch.is_grad_enabled()
+    if training:
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is not None:
-            state_of(self).settings.place(*inputs.shape[:2])
+            settings.place(*inputs.shape[:2])
         if past_key_values is None:
             use_cache = use_cache or False
-            if position_ids is None and attention_mask is not None and hides_only_padding(attention_mask, targets):
-                rows_R = real_rows(attention_mask)
+            if position_ids is None and attention_mask is not None:
+                only_padding, rows_R = without_padding(attention_mask, targets)
                 if rows_R is not None:
                     kwargs[_ROWS] = rows_R
-                attention_mask = None
-    return original_forward(self)(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        inputs_embeds=inputs_embeds,
-        use_cache=use_cache,
-        **kwargs,
+                if only_padding:
+                    attention_mask = None
+        settings.runtime.begin(
+            self.layers,  # type: ignore[arg-type]
+            self.norm,  # type: ignore[arg-type]
+            settings.spec,
+            settings.ops,
+            gather=_may_gather(self, kwargs),
+            graphs=settings.graphs,
+        )
+        if attention_mask is None and past_key_values is None and inputs is not None:
+            attention_mask = _stand_in_for_a_mask(self, settings.runtime, inputs, position_ids)
+    try:
+        return original_forward(self)(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+    finally:
+        if training:
+            settings.runtime.end()
+
+
+def without_padding(
+    attention_mask: torch.Tensor, targets: torch.Tensor | None = None
+) -> tuple[bool, torch.Tensor | None]:
+    """Whether a (B × S) mask only hides right padding, and which of the B·S tokens are then real.
+
+    It does if every row has its ones first, at least one, and no target (B × S) outside of them.  The real tokens
+    (ascending, int64) are None where nearly all are.  Costs one host synchronisation.
+    """
+    if attention_mask.dim() != 2 or attention_mask.shape[1] == 0:
+        return False, None
+    mask = attention_mask != 0
+    right = (mask[:, 1:] <= mask[:, :-1]).all() & mask[:, 0].all()
+    if targets is not None:
+        right &= (mask | (targets.to(mask.device) == IGNORED)).all()
+    only_padding, count = torch.stack([right.long(), mask.sum()]).tolist()
+    if not only_padding or count >= (1 - _WORTH_LEAVING_OUT) * mask.numel():
+        return bool(only_padding), None
+    # A stable sort brings the real ones to the front in their order; `nonzero` would synchronise again.
+    return True, mask.flatten().logical_not().to(torch.uint8).argsort(stable=True)[:count]
+
+
+def _stand_in_for_a_mask(
+    backbone: nn.Module, runtime: Runtime, inputs: torch.Tensor, position_ids: torch.Tensor | None
+) -> torch.Tensor | None:
+    """What to pass so that Hugging Face builds no (B × 1 × S × S) mask for packed documents or a sliding window.
+
+    None where it would build none, or a layer may need one.
+    """
+    if not runtime.all_fused or any(state_of(layer).replaced for layer in backbone.layers):  # type: ignore[union-attr]
+        return None
+    B, S = inputs.shape[:2]
+    documents = None if position_ids is None else documents_of(position_ids.expand(B, -1))
+    if documents is None and not runtime.has_window_below(S):
+        return None
+    # As large as a mask without its memory.  Only `layer_forward` ever gets it, and knows it.
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device).expand(B, 1, S, S)
+    runtime.stand_in(mask, documents)
+    return mask
+
+
+def _may_gather(backbone: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether nobody looks at what goes from one layer to the next, so that calls may be put down."""
+    asked = ("output_hidden_states", "output_attentions")
+    return (
+        not any(kwargs.get(name) or getattr(backbone.config, name, False) for name in asked)
+        and _runs(backbone.norm, norm_forward)
+        and all(_runs(layer, layer_forward) for layer in backbone.layers)  # type: ignore[union-attr]
+        and not (_global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks)
+        and not getattr(backbone, "_is_replica", False)
     )
 
 
-def real_rows(attention_mask: torch.Tensor) -> torch.Tensor | None:
-    """Which of the B·S tokens a (B × S) mask leaves visible (int64), or None where nearly all are."""
-    rows_R = attention_mask.flatten().nonzero().squeeze(1)
-    return rows_R if rows_R.numel() < (1 - _WORTH_LEAVING_OUT) * attention_mask.numel() else None
-
-
-def hides_only_padding(attention_mask: torch.Tensor, targets: torch.Tensor | None = None) -> bool:
-    """Whether a (B × S) mask has its ones first in every row, at least one, and no target (B × S) outside of them."""
-    if attention_mask.dim() != 2 or attention_mask.shape[1] == 0:
-        return False
-    mask = attention_mask != 0
-    answer = (mask[:, 1:] <= mask[:, :-1]).all() & mask[:, 0].all()
-    if targets is not None:
-        answer &= (mask | (targets.to(mask.device) == IGNORED)).all()
-    return bool(answer)
+def _runs(module: Any, forward: Callable[..., Any]) -> bool:
+    """Whether the engine's `forward` is called as it is: somebody's wrapper may checkpoint, or look."""
+    return getattr(module.__dict__.get("forward"), "__func__", None) is forward
 
 
 def _why_not_now(
@@ -156,41 +233,45 @@ def _why_not_now(
     dtype = compute_dtype(hidden_states)
     if weight is None or not (dtype == weight.dtype == hidden_states.dtype):
         return f"it computes in {dtype} on {getattr(weight, 'dtype', None)} weights"
-    return why_no_layer(layer, settings.spec)
+    return None
 
 
-def _layer_call(
-    layer: nn.Module,
+def _seen(
+    parts: LayerParts, attention_mask: torch.Tensor | None, documents: tuple[torch.Tensor | None, int] | None
+) -> Seen:
+    starts_N, longest = documents or (None, 0)
+    return Seen(attention_mask, parts.window, parts.softcap, starts_N, longest)
+
+
+def _context(
     state: ModuleState,
-    policy: Policy,
+    parts: LayerParts,
     hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    seen: Seen,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     rows_R: torch.Tensor | None,
-) -> LayerCall:
+) -> StepContext:
+    """What this forward tells this layer; the same object for all layers that are told the same."""
     settings = state.settings
-    parts = read_parts(layer, settings.spec)
     B, S, _ = hidden_states.shape
-    cos, sin = (t.reshape(-1, t.shape[-1]).to(hidden_states.dtype) for t in position_embeddings)
-    if rows_R is not None:
-        # Row t of the angles is that of token t % S; with padding left out, each real token gets its own.
-        cos, sin = (t.index_select(0, rows_R % t.shape[0]) for t in (cos, sin))
-    seen = Seen(attention_mask)
-    # The queries do not exist yet; what they will look like decides.
-    like_queries = hidden_states.new_empty(()).expand(B, S, 1, parts.head_dim)
-    attention = choose_attention(settings.attention, like_queries, seen)
-    if settings.attention not in ("auto", attention.name):
-        reason = f"{settings.attention} cannot run {'with' if attention_mask is not None else 'without'} a mask here"
-        settings.ledger.replaced(f"{state.name}.attention", "attention", attention.name, reason)
+    told = (*position_embeddings, *seen, rows_R, parts.head_dim)
+    context = settings.runtime.shared_context(told)
+    if context is None:
+        cos, sin = (t.reshape(-1, t.shape[-1]).to(hidden_states.dtype) for t in position_embeddings)
+        if rows_R is not None:
+            # Row t of the angles is that of token t % S; with padding left out, each real token gets its own.
+            cos, sin = (t.index_select(0, rows_R % t.shape[0]) for t in (cos, sin))
+        # The queries do not exist yet; what they will look like decides.
+        like_queries = hidden_states.new_empty(()).expand(B, S, 1, parts.head_dim)
+        attention = choose_attention(settings.attention, like_queries, seen)
+        context = StepContext(
+            batch=B, tokens=B * S, attention=attention, cos_Sd=cos, sin_Sd=sin, seen=seen, rows_R=rows_R
+        )
+        settings.runtime.share_context(told, context)
+    if settings.attention not in ("auto", context.attention.name):
+        given = [name for name in ("mask", "window", "softcap", "documents") if getattr(seen, name) is not None]
+        reason = f"{settings.attention} cannot run here with {' and '.join(given) or 'causal attention'}"
+        settings.ledger.replaced(f"{state.name}.attention", "attention", context.attention.name, reason)
     else:
         settings.ledger.paths.pop(f"{state.name}.attention", None)
-    return LayerCall(
-        ops=settings.ops,
-        parts=parts,
-        context=StepContext(
-            batch=B, tokens=B * S, attention=attention, cos_Sd=cos, sin_Sd=sin, seen=seen, rows_R=rows_R
-        ),
-        policy=policy,
-        # Drawn from the CPU's generator, which `torch.manual_seed` fixes, without touching the device's.
-        seed=int(torch.randint(2**62, ()).item()) if parts.has_dropout else 0,
-    )
+    return context

@@ -9,9 +9,11 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fastft.engine.loss import IGNORED, linear_cross_entropy, shifted_targets
+from fastft.engine.loss import IGNORED, labelled_rows, linear_cross_entropy, shifted_targets
 from fastft.engine.state import STATE, compute_dtype, original_forward, state_of
 from fastft.engine.support import why_no_head
+from fastft.kernels.cross_entropy import LogitTransform
+from fastft.models.spec import LayerSpec
 
 
 def causal_lm_forward(
@@ -51,8 +53,11 @@ def causal_lm_forward(
     targets = shift_labels if shift_labels is not None else shifted_targets(labels)
     if STATE in self.model.__dict__:
         arguments["targets"] = targets
+    # Before the layers are launched: which rows count has to be known on the host, which waits for the device.
+    rows_N = labelled_rows(targets.reshape(-1))
     outputs = self.model(**arguments)  # type: ignore[operator]
     hidden = outputs.last_hidden_state
+    transform = logit_transform(self.config, settings.spec)
     dtype = compute_dtype(hidden) if torch.is_autocast_enabled(hidden.device.type) else head.weight.dtype
     loss = linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]).to(dtype),
@@ -61,6 +66,8 @@ def causal_lm_forward(
         settings.ops,
         divisor=items,
         chunk_tokens=settings.loss_chunk_tokens,
+        transform=transform,
+        rows_N=rows_N.to(hidden.device),
     )
     result = LazyLogitsOutput(
         loss=loss,
@@ -68,8 +75,21 @@ def causal_lm_forward(
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )
-    result.defer_logits(lambda: head(hidden))
+    result.defer_logits(lambda: transformed(head(hidden), transform))
     return result
+
+
+def logit_transform(config: Any, spec: LayerSpec) -> LogitTransform:
+    """What a model of this configuration does to its logits before the softmax."""
+    divisor = 1.0 if spec.logit_divisor is None else getattr(config, spec.logit_divisor)
+    return LogitTransform(1.0 / divisor, None if spec.logit_softcap is None else getattr(config, spec.logit_softcap))
+
+
+def transformed(logits: torch.Tensor, transform: LogitTransform) -> torch.Tensor:
+    """The transform by itself, on logits of any shape, as Hugging Face's models do it."""
+    if transform.multiplier != 1.0:
+        logits = logits * transform.multiplier
+    return logits if transform.softcap is None else torch.tanh(logits / transform.softcap) * transform.softcap
 
 
 class LazyLogitsOutput(CausalLMOutputWithPast):

@@ -1,17 +1,19 @@
 """One decoder layer, forward and backward, written by hand over the backend's operations.
 
-The placement policy decides what is saved; whatever is not saved is computed again from what is.  No policy ever needs
-the down projection's output, so it is never recomputed.  `fastft.engine.stack` makes autograd call these functions.
+The placement policy decides what is saved; whatever is not saved is computed again from what is.  No policy needs the
+down projection's output, so it is never recomputed, unless a norm stands behind it.  `fastft.engine.stack` makes
+autograd call these functions.  What a family's layer looks like is data (`fastft.models.spec`).
 
 Legend: B batch, S sequence, T tokens (B·S, or the R real ones where padding is left out), D model, F feed-forward,
 H query heads, K key/value heads, d head size.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from fastft.engine.parts import LayerCall, StepContext
+from fastft.engine.parts import LayerCall, LayerParts, StepContext
 from fastft.kernels.lora_linear.reference import (
     adapter_gradients,
     input_gradient,
@@ -20,6 +22,7 @@ from fastft.kernels.lora_linear.reference import (
     low_rank,
     low_rank_gradient,
 )
+from fastft.kernels.norm import Norm
 from fastft.plan import Policy
 
 # Dropout seeds of the groups must not meet: group g uses seed + position in the layer.
@@ -27,32 +30,53 @@ _QKV, _O, _GATE_UP, _DOWN = 0, 3, 4, 6
 
 
 class _Activations(NamedTuple):
-    """The intermediates of one layer; None where the policy did not save one."""
+    """The intermediates of one layer; None where the policy did not save one, or the layer has none."""
 
     x: torch.Tensor
     rstd1: torch.Tensor | None = None
     h1: torch.Tensor | None = None
+    q_in: torch.Tensor | None = None
+    """What the norm of the query heads takes; None without one, as for k_in, o and down."""
+    q_rstd: torch.Tensor | None = None
+    k_in: torch.Tensor | None = None
+    k_rstd: torch.Tensor | None = None
     q: torch.Tensor | None = None
+    """As attention takes it: normalised and rotated."""
     k: torch.Tensor | None = None
     v: torch.Tensor | None = None
     low_qkv: torch.Tensor | None = None
     attended: torch.Tensor | None = None
     low_o: torch.Tensor | None = None
+    o: torch.Tensor | None = None
+    """What the norm behind attention takes."""
+    o_rstd: torch.Tensor | None = None
     x2: torch.Tensor | None = None
     rstd2: torch.Tensor | None = None
     h2: torch.Tensor | None = None
     gate: torch.Tensor | None = None
+    """Where there is no gate: the activation's input."""
     up: torch.Tensor | None = None
     low_gate_up: torch.Tensor | None = None
     act: torch.Tensor | None = None
     low_down: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+    """What the norm behind the MLP takes."""
+    down_rstd: torch.Tensor | None = None
 
 
 _FULL = frozenset({"x"})
-_MLP = _FULL | {"rstd1", "q", "k", "v", "low_qkv", "attended", "low_o", "x2", "rstd2"}
+_MLP = _FULL | {"rstd1", "q_in", "k_in", "q", "k", "v", "low_qkv", "attended", "low_o", "o", "x2", "rstd2"}
+_MLP |= {"down", "down_rstd"}
 _LIGHT = _MLP | {"gate", "up", "low_gate_up", "low_down"}
 _KEEP = frozenset(_Activations._fields)
-SAVED: dict[Policy, frozenset[str]] = {"keep": _KEEP, "light": _LIGHT, "mlp": _MLP, "full": _FULL}
+SAVED: dict[Policy, frozenset[str]] = {
+    "keep": _KEEP,
+    "light": _LIGHT,
+    "mlp": _MLP,
+    "full": _FULL,
+    "offload_mlp": _MLP,
+    "offload": _FULL,
+}
 """Which intermediates each policy saves.  Attention's own statistics go with `attended`."""
 
 
@@ -65,18 +89,16 @@ class Saved(NamedTuple):
 
 
 def forward_layer(x_TD: torch.Tensor, call: LayerCall) -> tuple[torch.Tensor, Saved]:
-    """The layer's output (T × D, dtype of `x_TD`), and what `call.policy` saves.
-
-    Pre-norm attention and SwiGLU with residuals: y = x₂ + MLP(norm(x₂)), x₂ = x + attention(norm(x)).
-    """
+    """The layer's output (T × D, dtype of `x_TD`), and what `call.policy` saves."""
     made, attention_saved = _attention_block(_Activations(x_TD), call)
     made = _gate_up_block(made, call)
+    made, y = _down_block(made, call)
+    y, down_rstd = _behind(y, call.parts.post_mlp_norm, call)
     assert made.x2 is not None
-    act = call.ops.swiglu(made.gate, made.up)
-    (y,), low_down = lora_linear(act, (call.parts.down,), seed=call.seed + _DOWN)
-    y.add_(made.x2)
-    made = made._replace(act=act, low_down=low_down)
-    saved = SAVED[call.policy]
+    # Nobody else holds y: it is new, and so is what a norm makes of it.
+    torch.add(made.x2, y, alpha=call.parts.residual_multiplier, out=y)
+    made = made._replace(down_rstd=down_rstd)
+    saved = _saved_names(call.policy, call.parts)
     kept = _Activations(*(t if name in saved else None for name, t in made._asdict().items()))  # type: ignore[arg-type]
     return y, Saved(kept, attention_saved if "attended" in saved else ())
 
@@ -86,78 +108,162 @@ def backward_layer(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """The gradients of the layer's input (T × D; None unless `needs_dx`) and of `call.parts.adapters`."""
     made, attention_saved = saved
-    if made.x2 is None:
+    if made.attended is None:
         made, attention_saved = _attention_block(made, call)
-    dx2, mlp_gradients = _mlp_backward(dy_TD, made, call)
+    elif made.x2 is None and call.parts.mlp_norm is not None:
+        made = _residual_block(made, made.o, call)
+    dx2, dh1, mlp_gradients = _mlp_backward(dy_TD, made, call)
     # Freed before attention's backward, where the other large intermediates live.
-    made = made._replace(gate=None, up=None, act=None, h2=None)
+    made = made._replace(gate=None, up=None, act=None, h2=None, down=None)
     del saved
-    dx, attention_gradients = _attention_backward(dx2, made, attention_saved, call, needs_dx)
+    dx, attention_gradients = _attention_backward(dx2, dh1, made, attention_saved, call, needs_dx)
     return dx, [*attention_gradients, *mlp_gradients]
+
+
+def _saved_names(policy: Policy, parts: LayerParts) -> frozenset[str]:
+    """What is saved of this layer: of what a norm takes and what it gives, only the one, unless all is kept."""
+    names = SAVED[policy]
+    if policy == "keep":
+        return names
+    if parts.head_norms is not None:
+        names -= {"q", "k"}
+    if parts.post_attention_norm is not None or parts.mlp_norm is None:
+        names -= {"x2", "rstd2"}
+    return names
 
 
 def _attention_block(made: _Activations, call: LayerCall) -> tuple[_Activations, tuple[torch.Tensor, ...]]:
     """From x to x₂ and the MLP's normalised input."""
     parts, context = call.parts, call.context
-    h1, rstd1 = call.ops.rms_norm(made.x, parts.input_norm_D, parts.input_eps)
-    (q, k, v), low_qkv = lora_linear(h1, parts.qkv, seed=call.seed + _QKV)
-    for rotated in (q, k):
-        call.ops.rope_(_heads(rotated, parts.head_dim), context.cos_Sd, context.sin_Sd)
-    per_sequence = (_per_sequence(t, context, parts.head_dim) for t in (q, k, v))
+    h1, rstd1 = call.ops.normalise(made.x, parts.input_norm)
+    outputs, low_qkv = lora_linear(h1, parts.qkv, seed=call.seed + _QKV)
+    # Those of a packed linear are views of its output.
+    q, k, v = outputs if len(outputs) == 3 else outputs[0].split(parts.qkv_columns, dim=1)
+    made = _heads_block(made._replace(rstd1=rstd1, h1=h1, v=v, low_qkv=low_qkv), q, k, call)
+    assert made.q is not None
+    assert made.k is not None
+    assert context.seen.softcap == parts.softcap, "the context is of another layer"
+    per_sequence = (_per_sequence(t, context, parts.head_dim) for t in (made.q, made.k, v))
     attended, attention_saved = context.attention.forward(*per_sequence, context.seen, parts.scale)
     attended = pick_rows(attended.flatten(0, 1).flatten(1), context.rows_R)
     (o,), low_o = lora_linear(attended, (parts.o,), seed=call.seed + _O)
-    x2, h2, rstd2 = call.ops.add_rms_norm(o, made.x, parts.mlp_norm_D, parts.mlp_eps)
-    made = made._replace(
-        rstd1=rstd1, h1=h1, q=q, k=k, v=v, low_qkv=low_qkv, attended=attended, low_o=low_o, x2=x2, rstd2=rstd2, h2=h2
-    )
-    return made, attention_saved
+    return _residual_block(made._replace(attended=attended, low_o=low_o), o, call), attention_saved
+
+
+def _heads_block(made: _Activations, q: torch.Tensor | None, k: torch.Tensor | None, call: LayerCall) -> _Activations:
+    """From the projections to the queries and keys that attention takes; without norms, in their place."""
+    assert q is not None
+    assert k is not None
+    if call.parts.head_norms is not None:
+        made = made._replace(q_in=q, k_in=k)
+        q_norm, k_norm = call.parts.head_norms
+        q, q_rstd = _normalise_heads(q, q_norm, call)
+        k, k_rstd = _normalise_heads(k, k_norm, call)
+        made = made._replace(q_rstd=q_rstd, k_rstd=k_rstd)
+    _rotate((q, k), call)
+    return made._replace(q=q, k=k)
+
+
+def _residual_block(made: _Activations, o: torch.Tensor | None, call: LayerCall) -> _Activations:
+    """From attention's output to x₂ and the MLP's normalised input."""
+    parts = call.parts
+    assert o is not None
+    branch, o_rstd = _behind(o, parts.post_attention_norm, call)
+    if parts.post_attention_norm is not None:
+        made = made._replace(o=o, o_rstd=o_rstd)
+    if parts.mlp_norm is None:
+        return made._replace(x2=torch.add(made.x, branch, alpha=parts.residual_multiplier), h2=made.h1)
+    x2, h2, rstd2 = call.ops.add_and_normalise(branch, made.x, parts.mlp_norm, parts.residual_multiplier)
+    return made._replace(x2=x2, h2=h2, rstd2=rstd2)
 
 
 def _gate_up_block(made: _Activations, call: LayerCall) -> _Activations:
     """From x₂ (or its normalised form, where that is at hand) to gate and up."""
+    parts = call.parts
     h2 = made.h2
-    if h2 is None:
-        h2, _ = call.ops.rms_norm(made.x2, call.parts.mlp_norm_D, call.parts.mlp_eps)
+    if h2 is None and parts.mlp_norm is None:
+        h2, _ = call.ops.normalise(made.x, parts.input_norm)
+        made = made._replace(h1=h2)
+    elif h2 is None:
+        h2, _ = call.ops.normalise(made.x2, parts.mlp_norm)
+    made = made._replace(h2=h2)
     if made.gate is not None:
-        return made._replace(h2=h2)
-    (gate, up), low = lora_linear(h2, call.parts.gate_up, seed=call.seed + _GATE_UP)
-    return made._replace(h2=h2, gate=gate, up=up, low_gate_up=low)
+        return made
+    outputs, low = lora_linear(h2, parts.gate_up, seed=call.seed + _GATE_UP)
+    gate, up = outputs[0], None
+    if parts.gated:
+        gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=1)
+    return made._replace(gate=gate, up=up, low_gate_up=low)
+
+
+def _down_block(made: _Activations, call: LayerCall) -> tuple[_Activations, torch.Tensor]:
+    """From gate and up to the down projection's output."""
+    act = call.ops.activate(made.gate, made.up, call.parts.activation)
+    (down,), low_down = lora_linear(act, (call.parts.down,), seed=call.seed + _DOWN)
+    made = made._replace(act=act, low_down=low_down)
+    return (made if call.parts.post_mlp_norm is None else made._replace(down=down)), down
 
 
 def _mlp_backward(
     dy: torch.Tensor, made: _Activations, call: LayerCall
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """From dy to dx₂, and the gradients of the adapters of gate, up and down (A, B each)."""
-    made = _gate_up_block(made, call)
-    down = (call.parts.down,)
+) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
+    """From dy to dx₂, to the part of dh₁ that comes from the MLP where that reads h₁, and the gradients of the
+    adapters of gate, up and down (A, B each)."""
+    parts, down = call.parts, (call.parts.down,)
     seed = call.seed + _DOWN
-    dlow_down = low_rank_gradient((dy,), down)
-    dact = input_gradient((dy,), dlow_down, down, seed=seed)
-    dgate, dup, act = call.ops.swiglu_backward(dact, made.gate, made.up)
+    made = _gate_up_block(made, call)
+    if parts.post_mlp_norm is not None and made.down is None:
+        made = _down_block(made, call)[0]._replace(act=None)
+    ddown = _behind_backward(dy, made.down, made.down_rstd, parts.post_mlp_norm, call)
+    dlow_down = low_rank_gradient((ddown,), down)
+    dact = input_gradient((ddown,), dlow_down, down, seed=seed)
+    gate_up_gradients, act = _activate_backward(dact, made, parts, call)
     del dact
     low_down = made.low_down
     if low_down is None:
         low_down = low_rank(act, down, seed)
-    da_down, db_down = adapter_gradients((dy,), dlow_down, act, low_down, down, seed=seed)
-    del act
+    da_down, db_down = adapter_gradients((ddown,), dlow_down, act, low_down, down, seed=seed)
+    del act, ddown
     assert made.h2 is not None
     gate_up = lora_linear_backward(
-        (dgate, dup), made.h2, made.low_gate_up, call.parts.gate_up, seed=call.seed + _GATE_UP
+        gate_up_gradients, made.h2, made.low_gate_up, parts.gate_up, seed=call.seed + _GATE_UP
     )
-    del dgate, dup
-    dx2 = call.ops.rms_norm_backward(gate_up.dx_TI, made.x2, call.parts.mlp_norm_D, made.rstd2, dy)
-    return dx2, _interleave(gate_up.da, gate_up.db) + _interleave(da_down, db_down)
+    del gate_up_gradients
+    gradients = _interleave(gate_up.da, gate_up.db) + _interleave(da_down, db_down)
+    if parts.mlp_norm is None:
+        return dy, gate_up.dx_TI, gradients
+    return call.ops.normalise_backward(gate_up.dx_TI, made.x2, parts.mlp_norm, made.rstd2, dy), None, gradients
+
+
+def _activate_backward(
+    dact: torch.Tensor, made: _Activations, parts: LayerParts, call: LayerCall
+) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
+    """The gradients of the outputs of gate and up, as their linears have them, and the activation again."""
+    packed = dact.new_empty(dact.shape[0], 2 * dact.shape[1]) if parts.gated and len(parts.gate_up) == 1 else None
+    halves = None if packed is None else packed.chunk(2, dim=1)
+    dgate, dup, act = call.ops.activate_backward(dact, made.gate, made.up, parts.activation, halves)
+    if packed is not None:
+        return (packed,), act
+    return ((dgate,) if dup is None else (dgate, dup)), act
 
 
 def _attention_backward(
-    dx2: torch.Tensor, made: _Activations, attention_saved: tuple[torch.Tensor, ...], call: LayerCall, needs_dx: bool
+    dx2: torch.Tensor,
+    dh1: torch.Tensor | None,
+    made: _Activations,
+    attention_saved: tuple[torch.Tensor, ...],
+    call: LayerCall,
+    needs_dx: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """From dx₂ to dx, and the gradients of the adapters of q, k, v and o (A, B each)."""
+    """From dx₂, and what the MLP adds to dh₁, to dx, and the gradients of the adapters of q, k, v and o (A, B each)."""
     parts, context = call.parts, call.context
     assert made.attended is not None
-    o = lora_linear_backward((dx2,), made.attended, made.low_o, (parts.o,), seed=call.seed + _O)
+    do = _behind_backward(dx2, made.o, made.o_rstd, parts.post_attention_norm, call)
+    o = lora_linear_backward((do,), made.attended, made.low_o, (parts.o,), seed=call.seed + _O)
     assert o.dx_TI is not None
+    del do
+    if made.q is None:
+        made = _heads_block(made, made.q_in, made.k_in, call)
     dattended, q, k, v, attended = (
         _per_sequence(t, context, parts.head_dim)
         for t in (o.dx_TI, made.q, made.k, made.v, made.attended)
@@ -167,18 +273,70 @@ def _attention_backward(
     del dattended, q, k, v, attended
     rows = [pick_rows(d.flatten(0, 1).flatten(1), context.rows_R) for d in d_qkv]
     del d_qkv
-    for rotated in rows[:2]:
-        call.ops.rope_(_heads(rotated, parts.head_dim), context.cos_Sd, context.sin_Sd, inverse=True)
+    rows[:2] = _heads_backward(rows[0], rows[1], made, call)
     h1 = made.h1
     if h1 is None and any(linear.a is not None for linear in parts.qkv):
-        h1, _ = call.ops.rms_norm(made.x, parts.input_norm_D, parts.input_eps)
+        h1, _ = call.ops.normalise(made.x, parts.input_norm)
+    dy = rows if len(parts.qkv) == len(rows) else [torch.cat(rows, dim=1)]
+    del rows
     qkv = lora_linear_backward(
-        rows, h1 if h1 is not None else made.x, made.low_qkv, parts.qkv, seed=call.seed + _QKV, needs_dx=needs_dx
+        dy, h1 if h1 is not None else made.x, made.low_qkv, parts.qkv, seed=call.seed + _QKV, needs_dx=needs_dx
     )
     gradients = _interleave(qkv.da, qkv.db) + _interleave(o.da, o.db)
     if not needs_dx:
         return None, gradients
-    return call.ops.rms_norm_backward(qkv.dx_TI, made.x, parts.input_norm_D, made.rstd1, dx2), gradients
+    assert qkv.dx_TI is not None
+    if dh1 is not None:
+        qkv.dx_TI.add_(dh1)
+    return call.ops.normalise_backward(qkv.dx_TI, made.x, parts.input_norm, made.rstd1, dx2), gradients
+
+
+def _heads_backward(
+    dq: torch.Tensor, dk: torch.Tensor, made: _Activations, call: LayerCall
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the gradients of what attention takes (overwritten) to those of the projections."""
+    _rotate((dq, dk), call, inverse=True)
+    if call.parts.head_norms is None:
+        return dq, dk
+    q_norm, k_norm = call.parts.head_norms
+
+    def through(d: torch.Tensor, taken: torch.Tensor | None, norm: Norm, rstd: torch.Tensor | None) -> torch.Tensor:
+        assert taken is not None
+        rows = (t.reshape(-1, call.parts.head_dim) for t in (d, taken))
+        return call.ops.normalise_backward(*rows, norm, rstd).view_as(d)
+
+    return through(dq, made.q_in, q_norm, made.q_rstd), through(dk, made.k_in, k_norm, made.k_rstd)
+
+
+def _normalise_heads(x_TC: torch.Tensor, norm: Norm, call: LayerCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each head of each token normalised (T × heads·d), and its statistics (T·heads)."""
+    y, rstd = call.ops.normalise(x_TC.reshape(-1, call.parts.head_dim), norm)
+    return y.view(x_TC.shape), rstd
+
+
+def _rotate(projections: Sequence[torch.Tensor], call: LayerCall, *, inverse: bool = False) -> None:
+    """Rotate heads in place by their positions, in a layer that does."""
+    if call.parts.rotary:
+        for x_TC in projections:
+            call.ops.rope_(_heads(x_TC, call.parts.head_dim), call.context.cos_Sd, call.context.sin_Sd, inverse=inverse)
+
+
+def _behind(branch: torch.Tensor, norm: Norm | None, call: LayerCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a branch adds to the residual stream: its output, through the norm behind it if there is one."""
+    return (branch, None) if norm is None else call.ops.normalise(branch, norm)
+
+
+def _behind_backward(
+    d: torch.Tensor, taken: torch.Tensor | None, rstd: torch.Tensor | None, norm: Norm | None, call: LayerCall
+) -> torch.Tensor:
+    """From the gradient of the residual stream to that of a branch's output, which is `taken` by `norm`."""
+    if call.parts.residual_multiplier != 1.0:
+        d = d * call.parts.residual_multiplier
+    if norm is None:
+        return d
+    if rstd is None:
+        _, rstd = call.ops.normalise(taken, norm)
+    return call.ops.normalise_backward(d, taken, norm, rstd)
 
 
 def pick_rows(x_TD: torch.Tensor, rows_R: torch.Tensor | None) -> torch.Tensor:

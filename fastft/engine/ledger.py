@@ -13,7 +13,7 @@ class Path(NamedTuple):
     """What one module runs on."""
 
     kind: str
-    """decoder_layer, norm, head_and_loss, attention (only where it is not the one that was asked for)."""
+    """decoder_layer, norm, linear, adapter, head_and_loss; attention only where it is not the one asked for."""
     path: str
     """`fused (triton)`, `stock`, or the attention that runs instead."""
     reason: str = ""
@@ -31,8 +31,13 @@ class Ledger:
         self._told: set[tuple[str, str]] = set()
 
     def fused(self, name: str, kind: str, backend: str) -> None:
-        """Note that module `name` runs on the fused path."""
+        """Note that module `name` runs on the fused path; its parts, if it ran stock before, no longer count."""
+        before = self.paths.get(name)
         self.paths[name] = Path(kind, f"fused ({backend})")
+        if kind == "decoder_layer" and before is not None and before.path == "stock":
+            for part in [part for part, path in self.paths.items() if path.kind in ("linear", "norm")]:
+                if part.startswith(f"{name}."):
+                    del self.paths[part]
 
     def stock(self, name: str, kind: str, reason: str) -> None:
         """Note that module `name` runs as Hugging Face wrote it.
@@ -54,6 +59,13 @@ class Ledger:
                 got=reason,
                 fix=f"remove the cause, or drop `strict` to let it run as {path}",
             )
+        self._note(name, kind, path, reason)
+
+    def beyond(self, name: str, kind: str, reason: str) -> None:
+        """Note that `name` runs stock because the engine has nothing for it; no error even where strict."""
+        self._note(name, kind, "stock", reason)
+
+    def _note(self, name: str, kind: str, path: str, reason: str) -> None:
         self.paths[name] = Path(kind, path, reason)
         if (kind, reason) not in self._told:
             self._told.add((kind, reason))

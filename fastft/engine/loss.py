@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fastft.backends import Backend
+from fastft.kernels.cross_entropy import LogitTransform
 
 IGNORED = -100
 
@@ -20,6 +21,11 @@ IGNORED = -100
 def shifted_targets(labels_BS: torch.Tensor) -> torch.Tensor:
     """The target of each position: the next token's label, and nothing for the last (B × S, int64)."""
     return F.pad(labels_BS, (0, 1), value=IGNORED)[:, 1:]
+
+
+def labelled_rows(targets_T: torch.Tensor) -> torch.Tensor:
+    """Which rows have a target that counts (N, int64).  Waits for the device: the host must know N."""
+    return (targets_T != IGNORED).nonzero().squeeze(1)
 
 
 def linear_cross_entropy(
@@ -30,12 +36,18 @@ def linear_cross_entropy(
     *,
     divisor: torch.Tensor | float | None = None,
     chunk_tokens: int = 2048,
+    transform: LogitTransform = LogitTransform(),  # noqa: B008
+    rows_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Σ cross-entropy of the rows whose target is not −100, over `divisor` (their count where it is None).
 
-    Returns an fp32 scalar; 0, not NaN, where no row has a target.  `head_VD` is frozen.
+    Returns an fp32 scalar; 0, not NaN, where no row has a target.  `head_VD` is frozen.  `transform` comes between the
+    logits and the softmax.  `rows_N` is `labelled_rows(targets_T)`, where the caller has it.
     """
-    loss: torch.Tensor = LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T, ops, divisor, chunk_tokens)
+    rows_N = labelled_rows(targets_T) if rows_N is None else rows_N
+    loss: torch.Tensor = LinearCrossEntropy.apply(
+        hidden_TD, head_VD, targets_T, rows_N, ops, divisor, chunk_tokens, transform
+    )
     return loss
 
 
@@ -48,14 +60,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden_TD: torch.Tensor,
         head_VD: torch.Tensor,
         targets_T: torch.Tensor,
+        rows_N: torch.Tensor,
         ops: Backend,
         divisor: torch.Tensor | float | None,
         chunk_tokens: int,
+        transform: LogitTransform,
     ) -> torch.Tensor:
         """The loss, and the gradient of the labelled rows before division."""
         needs_grad = ctx.needs_input_grad[0]
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            rows_N = (targets_T != IGNORED).nonzero().squeeze(1)
             count = rows_N.numel()
             targets_N = targets_T[rows_N]
             hidden_ND = hidden_TD if count == hidden_TD.shape[0] else hidden_TD.index_select(0, rows_N)
@@ -66,7 +79,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 logits_NV = torch.mm(hidden_ND[part], head_VD.t())
                 # Scale 1: the division comes in the backward, where an fp16 loss scale is already in the gradient
                 # and small values do not underflow.
-                losses_N = ops.cross_entropy_(logits_NV, targets_N[part], 1.0 if needs_grad else None)
+                losses_N = ops.cross_entropy_(logits_NV, targets_N[part], 1.0 if needs_grad else None, transform)
                 total += losses_N.sum()
                 if gradient_ND is not None:
                     torch.mm(logits_NV, head_VD, out=gradient_ND[part])
@@ -90,6 +103,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         factor_1 = (grad_outputs[0].float() / ctx.over).reshape(1)
         scaled_ND = torch.mul(gradient_ND, factor_1, out=torch.empty_like(gradient_ND))
         if rows_N.numel() == ctx.shape[0]:
-            return scaled_ND, None, None, None, None, None
+            return scaled_ND, *[None] * 7
         gradient_TD = gradient_ND.new_zeros(ctx.shape).index_copy_(0, rows_N, scaled_ND)
-        return gradient_TD, None, None, None, None, None
+        return gradient_TD, *[None] * 7

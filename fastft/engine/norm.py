@@ -1,4 +1,4 @@
-"""The final norm as an autograd function over the backend's RMSNorm.
+"""The final norm as an autograd function over the backend's.
 
 Legend: T tokens, D model.
 """
@@ -10,38 +10,42 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from fastft.backends import Backend
-from fastft.engine.parts import epsilon
+from fastft.engine.parts import read_norm
 from fastft.engine.state import original_forward, state_of
 from fastft.engine.support import why_no_norm
+from fastft.kernels.norm import Norm
 
 
-class RmsNorm(torch.autograd.Function):
-    """RMSNorm with a frozen weight: y = (x · rstd → dtype) × weight."""
+class FrozenNorm(torch.autograd.Function):
+    """A norm (`fastft.kernels.norm.Norm`) with frozen weights."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, eps: float, ops: Backend) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, norm: Norm, ops: Backend) -> torch.Tensor:
         """Normalise the last dimension; `x` is any shape that ends in D."""
         x_TD = x.reshape(-1, x.shape[-1])
-        y_TD, rstd_T = ops.rms_norm(x_TD, weight_D, eps)
+        y_TD, rstd_T = ops.normalise(x_TD, norm)
         if ctx.needs_input_grad[0]:
-            ctx.ops = ops
-            ctx.save_for_backward(x_TD, weight_D, rstd_T)
-        return y_TD.view(x.shape)
+            ctx.ops, ctx.kind, ctx.eps = ops, norm.kind, norm.eps
+            ctx.save_for_backward(x_TD, rstd_T, norm.weight_D, norm.bias_D)
+        # Autograd forbids changing in place what a function returns as a view, and models do such things.
+        return torch.ops.aten._unsafe_view(y_TD, x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        """The input's gradient; the weight is frozen."""
-        x_TD, weight_D, rstd_T = ctx.saved_tensors
+        """The input's gradient; the weights are frozen."""
+        x_TD, rstd_T, weight_D, bias_D = ctx.saved_tensors
         dy = grad_outputs[0]
-        dx_TD = ctx.ops.rms_norm_backward(dy.reshape(x_TD.shape), x_TD, weight_D, rstd_T)
-        return dx_TD.view(dy.shape), None, None, None
+        norm = Norm(ctx.kind, weight_D, bias_D, ctx.eps)
+        dx_TD = ctx.ops.normalise_backward(dy.reshape(x_TD.shape), x_TD, norm, rstd_T)
+        return dx_TD.view(dy.shape), None, None
 
 
 def norm_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """The final norm (… × D)."""
     state = state_of(self)
     settings = state.settings
+    hidden_states = settings.runtime.flush(hidden_states)
     reason = state.replaced or why_no_norm(self, settings.spec)
     if reason is None and hidden_states.dtype != self.weight.dtype:
         reason = f"its weight is {self.weight.dtype}, the activations are {hidden_states.dtype}"
@@ -50,5 +54,5 @@ def norm_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         stock: torch.Tensor = original_forward(self)(hidden_states)
         return stock
     settings.ledger.fused(state.name, "norm", settings.ops.name)
-    normed: torch.Tensor = RmsNorm.apply(hidden_states, self.weight, epsilon(self), settings.ops)
+    normed: torch.Tensor = FrozenNorm.apply(hidden_states, read_norm(self, settings.spec), settings.ops)
     return normed

@@ -5,32 +5,49 @@ what one forward of the model tells its layers: positions, mask, attention.  `La
 """
 
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fastft.adapters.lora import AdaptedLinear, read_linear
 from fastft.backends import Backend
+from fastft.kernels.activation import ActivationKind
 from fastft.kernels.attention.library import Attention, Seen
-from fastft.models.spec import LayerSpec
+from fastft.kernels.norm import Norm
+from fastft.models.spec import ACTIVATIONS, LayerSpec
 from fastft.plan import Policy
 
 
 class LayerParts(NamedTuple):
-    """The tensors and constants of one decoder layer."""
+    """The tensors and constants of one decoder layer; what they are for is in `fastft.models.spec`."""
 
-    input_norm_D: torch.Tensor
-    input_eps: float
-    mlp_norm_D: torch.Tensor
-    mlp_eps: float
-    qkv: tuple[AdaptedLinear, AdaptedLinear, AdaptedLinear]
+    input_norm: Norm
+    post_attention_norm: Norm | None
+    mlp_norm: Norm | None
+    """None where the MLP reads what attention reads."""
+    post_mlp_norm: Norm | None
+    head_norms: tuple[Norm, Norm] | None
+    qkv: tuple[AdaptedLinear, ...]
+    """q, k and v, or one for all three."""
     o: AdaptedLinear
-    gate_up: tuple[AdaptedLinear, AdaptedLinear]
+    gate_up: tuple[AdaptedLinear, ...]
+    """Gate and up, or one for both, or up alone."""
     down: AdaptedLinear
+    qkv_columns: tuple[int, int, int]
+    """Heads × head size, of q, k and v."""
+    gated: bool
+    activation: ActivationKind
     head_dim: int
     scale: float
     """Of the attention scores."""
+    softcap: float | None
+    """Of the attention scores."""
+    window: int | None
+    """How many tokens a query sees, itself included."""
+    rotary: bool
+    """Whether q and k are rotated."""
+    residual_multiplier: float
 
     @property
     def linears(self) -> tuple[AdaptedLinear, ...]:
@@ -78,24 +95,42 @@ class LayerCall(NamedTuple):
 
 def read_parts(layer: nn.Module, spec: LayerSpec) -> LayerParts:
     """The parts of a decoder layer for which `fastft.engine.support.why_no_layer` is None."""
-    input_norm, mlp_norm = attrgetter(spec.input_norm, spec.mlp_norm)(layer)
-    q, k, v, o, gate, up, down = (read_linear(module) for module in attrgetter(*spec.linears)(layer))
-    attention = attrgetter(spec.o.rpartition(".")[0])(layer)
+
+    def at(path: str | None) -> Any:
+        return None if path is None else attrgetter(path)(layer)
+
+    def norm_at(path: str | None) -> Norm | None:
+        return None if path is None else read_norm(at(path), spec)
+
+    qkv, gate_up = (tuple(read_linear(at(path)) for path in paths) for paths in (spec.qkv, spec.gate_up))
+    o, down = read_linear(at(spec.o)), read_linear(at(spec.down))
+    head_dim: int = at(spec.attention).head_dim
+    q_columns = o.module.in_features
+    k_columns = qkv[1].module.out_features if len(qkv) == 3 else (qkv[0].module.out_features - q_columns) // 2  # type: ignore[operator]
+    head_norms = None if spec.head_norms is None else tuple(read_norm(at(path), spec) for path in spec.head_norms)
     return LayerParts(
-        input_norm_D=input_norm.weight,
-        input_eps=epsilon(input_norm),
-        mlp_norm_D=mlp_norm.weight,
-        mlp_eps=epsilon(mlp_norm),
-        qkv=(q, k, v),
+        input_norm=read_norm(at(spec.input_norm), spec),
+        post_attention_norm=norm_at(spec.post_attention_norm),
+        mlp_norm=norm_at(spec.mlp_norm),
+        post_mlp_norm=norm_at(spec.post_mlp_norm),
+        head_norms=head_norms,  # type: ignore[arg-type]
+        qkv=qkv,
         o=o,
-        gate_up=(gate, up),
+        gate_up=gate_up,
         down=down,
-        head_dim=attention.head_dim,
-        scale=attention.scaling,
+        qkv_columns=(q_columns, k_columns, k_columns),  # type: ignore[arg-type]
+        gated=spec.gated,
+        activation=ACTIVATIONS[type(at(spec.activation)).__name__],
+        head_dim=head_dim,
+        scale=head_dim**-0.5 if spec.scale is None else at(spec.scale),
+        softcap=at(spec.softcap),
+        window=at(spec.window),
+        rotary=spec.rotary is None or bool(at(spec.rotary)),
+        residual_multiplier=1.0 if spec.residual_multiplier is None else at(spec.residual_multiplier),
     )
 
 
-def epsilon(norm: nn.Module) -> float:
-    """What a norm adds to the mean of squares."""
-    eps: float = norm.variance_epsilon  # type: ignore[assignment]
-    return eps
+def read_norm(norm: Any, spec: LayerSpec) -> Norm:
+    """The weights of a norm for which `fastft.engine.support.why_no_norm` is None."""
+    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    return Norm(spec.norm_kind, norm.weight, getattr(norm, "bias", None), eps)

@@ -1,8 +1,9 @@
 """Putting the engine into a Hugging Face model, and taking it out again.
 
-The model stays what it was: modules, parameters, hooks, `save_pretrained` and trainers go on working.  Only the
-`forward`s of the decoder layers, of the final norm, of the backbone and of the model with head are replaced, as
-instance attributes; `unpatch_model` removes them.
+The model stays what it was: modules, parameters, hooks, `save_pretrained` and trainers go on working.  Only
+`forward`s are replaced, as instance attributes: of the decoder layers, the final norm, the backbone and the model with
+head in a family with a layer specification; of the LoRA linears, the RMSNorms and the model with head in any.
+`unpatch_model` removes them.
 """
 
 import logging
@@ -11,13 +12,25 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
-from fastft.backends import load_backend
+from fastft.backends import Backend, load_backend
 from fastft.engine.forwards import backbone_forward, layer_forward
+from fastft.engine.generic import (
+    Part,
+    decoder_layers,
+    find_parts,
+    linear_forward,
+    note_part,
+    rms_norm_forward,
+)
+from fastft.engine.graphs import GRAPH_MODES, GraphMode
 from fastft.engine.head import causal_lm_forward
 from fastft.engine.ledger import Ledger
+from fastft.engine.logits import DEFERRING_FORWARDS, deferring_forward_of, why_not_together
 from fastft.engine.norm import norm_forward
 from fastft.engine.state import STATE, EngineSettings, ModuleState, policy_of, state_of
 from fastft.engine.support import why_no_head, why_no_layer, why_no_norm
@@ -36,9 +49,14 @@ def patch_model(
     placement: Policy | Sequence[Policy] | Callable[[int, int], list[Policy]] | None = None,
     attention: str = "auto",
     loss_chunk_tokens: int = 2048,
+    graphs: GraphMode = "auto",
     strict: bool = False,
 ) -> Ledger:
-    """Replace the `forward`s of a Hugging Face causal language model, or of the `PeftModel` around it.
+    """Replace the `forward`s of a Hugging Face model, or of the `PeftModel` around it.
+
+    A causal language model of a family with a layer specification (`fastft.models.spec`) runs decoder layer by decoder
+    layer.  Any other model runs part by part: LoRA linears, RMSNorms, head and loss; the rest of it stays stock, and so
+    do its gradient checkpointing and its attention.  Adapters on modules that had none need a new patch there.
 
     Args:
         model: stays the same object; patching it again replaces the settings.
@@ -48,60 +66,125 @@ def patch_model(
             `gradient_checkpointing_enable` change it later.
         attention: a name of `fastft.kernels.attention`, or auto.
         loss_chunk_tokens: how many labelled rows have logits at a time.
-        strict: a module that cannot run fused is an error instead of a line in the ledger.
+        graphs: auto replays CUDA graphs where a step is small enough to be bound by its launches, on for any size,
+            off never.
+        strict: a decoder layer, norm, LoRA linear, or head with loss that cannot run fused is an error instead of a
+            line in the ledger.  What the engine has nothing for, whatever is changed about it, is no error: decoder
+            layers without a specification, other norms, adapters on anything but linear layers.
 
     Raises:
-        ModelError: the model's family has no layer specification, or it is no causal language model.
+        ModelError: neither a Hugging Face model nor anything that PEFT adapted.
         BackendError: the backend cannot run here; or `strict` and something cannot run fused.
-        ConfigError: unknown policy or attention, not one policy a layer, or an empty loss chunk.
+        ConfigError: unknown policy or attention, not one policy a layer, an empty loss chunk; or placement,
+            attention or graphs chosen for a model without a layer specification.
     """
     causal_lm = base_model(model)
     family = getattr(getattr(causal_lm, "config", None), "model_type", type(causal_lm).__name__)
-    if family not in SPECS:
-        raise ModelError(
-            "the model type is not supported", got=family, allowed=list(SPECS),
-            fix="choose backend peft, which trains any model that PEFT knows",
-        )  # fmt: skip
-    if not type(causal_lm).__name__.endswith("ForCausalLM"):
-        raise ModelError(
-            "the model is no causal language model", got=type(causal_lm).__name__, fix="choose backend peft"
-        )
     if attention not in (*ATTENTION, "auto"):
         raise unknown_choice("attention", attention, [*ATTENTION, "auto"])
+    if graphs not in GRAPH_MODES:
+        raise unknown_choice("graphs", graphs, GRAPH_MODES)
     if loss_chunk_tokens < 1:
         raise ConfigError("loss_chunk_tokens is not valid", got=loss_chunk_tokens, allowed="1 or more", fix="use 2048")
-    spec = SPECS[family]
     ops = load_backend(backend)
+    if family not in SPECS:
+        unspecified = f"no layer specification for {family}"
+    elif not type(causal_lm).__name__.endswith("ForCausalLM"):
+        unspecified = f"{type(causal_lm).__name__} is no causal language model"
+    else:
+        unspecified = None
+    if unspecified is not None:
+        asked = {"placement": placement is not None, "attention": attention != "auto", "graphs": graphs == "on"}
+        chosen = [name for name, was in asked.items() if was]
+        return _patch_parts_only(causal_lm, unspecified, chosen, ops, loss_chunk_tokens, strict=strict)
+    spec = SPECS[family]
     backbone = causal_lm.model
     layers = list(backbone.layers)
     chooser = placement if callable(placement) else None
     policies = _policies("light" if placement is None or callable(placement) else placement, len(layers))
     unpatch_model(model)
+    ledger = Ledger(strict=strict)
     settings = EngineSettings(
         ops=ops,
         spec=spec,
-        ledger=Ledger(strict=strict),
+        ledger=ledger,
         placement=policies,
         attention=attention,
         loss_chunk_tokens=loss_chunk_tokens,
         placement_is_fixed=placement is not None,
         choose_placement=chooser,
+        graphs=graphs,
     )
-    ledger = settings.ledger
     head_reason = _replaced(causal_lm) or why_no_head(causal_lm.get_output_embeddings())
     _note(ledger, "lm_head", "head_and_loss", ops.name, head_reason)
     for index, layer in enumerate(layers):
         _note(ledger, f"layers.{index}", "decoder_layer", ops.name, _replaced(layer) or why_no_layer(layer, spec))
     _note(ledger, "norm", "norm", ops.name, _replaced(backbone.norm) or why_no_norm(backbone.norm, spec))
 
+    parts = [part for part in find_parts(causal_lm, settings) if part.kind != "adapter" and part.name != "norm"]
+    for part in parts:
+        # Those of a fused layer count only if it runs stock one day; they note themselves then.
+        layer, inside = ".".join(part.name.split(".")[:2]), part.name.startswith("layers.")
+        if not inside or ledger.paths[layer].path == "stock":
+            note_part(ledger, part, ops.name)
+
     _install(causal_lm, causal_lm_forward, ModuleState(settings, "lm_head"))
     _install(backbone, backbone_forward, ModuleState(settings, "backbone"))
     for index, layer in enumerate(layers):
         _install(layer, layer_forward, ModuleState(settings, f"layers.{index}", index))
+        if layer.gradient_checkpointing:
+            layer._gradient_checkpointing_func = _call
     _install(backbone.norm, norm_forward, ModuleState(settings, "norm"))
+    _install_parts(parts)
     causal_lm.gradient_checkpointing_enable = MethodType(_gradient_checkpointing_enable, causal_lm)
     causal_lm.gradient_checkpointing_disable = MethodType(_gradient_checkpointing_disable, causal_lm)
     return ledger
+
+
+def _patch_parts_only(
+    model: Any, unspecified: str, chosen: list[str], ops: Backend, loss_chunk_tokens: int, *, strict: bool
+) -> Ledger:
+    if not isinstance(model, PreTrainedModel) and not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise ModelError(
+            "the model is neither Hugging Face's nor adapted by PEFT", got=type(model).__name__,
+            fix="add adapters first, with peft.get_peft_model",
+        )  # fmt: skip
+    if chosen:
+        raise ConfigError(
+            f"{' and '.join(chosen)} cannot be chosen for this model", got=unspecified, allowed=list(SPECS),
+            fix="leave it out; gradient_checkpointing_enable and attn_implementation are Hugging Face's here",
+        )  # fmt: skip
+    unpatch_model(model)
+    ledger = Ledger(strict=strict)
+    settings = EngineSettings(
+        ops=ops,
+        spec=None,  # type: ignore[arg-type]  # no forward of a part reads it
+        ledger=ledger,
+        placement=[],
+        attention="auto",
+        loss_chunk_tokens=loss_chunk_tokens,
+        placement_is_fixed=False,
+    )
+    has_head = isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
+    if has_head:
+        _note(ledger, "lm_head", "head_and_loss", ops.name, _replaced(model) or why_not_together(model))
+    for name, _ in decoder_layers(model):
+        ledger.beyond(name, "decoder_layer", unspecified)
+    parts = list(find_parts(model, settings))
+    for part in parts:
+        note_part(ledger, part, ops.name)
+    if has_head:
+        _install(model, deferring_forward_of(type(model)), ModuleState(settings, "lm_head"))
+    else:
+        model.__dict__[STATE] = ModuleState(settings, "model")
+    _install_parts(parts)
+    return ledger
+
+
+def _install_parts(parts: Sequence[Part]) -> None:
+    for part in parts:
+        if part.forward is not None and part.state is not None and _replaced(part.module) is None:
+            _install(part.module, part.forward, part.state)
 
 
 def unpatch_model(model: nn.Module) -> None:
@@ -112,6 +195,9 @@ def unpatch_model(model: nn.Module) -> None:
     for module in causal_lm.modules():
         if STATE in module.__dict__:
             _uninstall(module)
+            if module.__dict__.get("_gradient_checkpointing_func") is _call:
+                # The reentrant variant gives the same gradients, if any at all.
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     for name in ("gradient_checkpointing_enable", "gradient_checkpointing_disable"):
         causal_lm.__dict__.pop(name, None)
 
@@ -123,9 +209,11 @@ def ledger_of(model: nn.Module) -> Ledger | None:
 
 
 def placement_of(model: nn.Module) -> list[Policy] | None:
-    """The policies of a patched model's layers, else None."""
+    """The policies of a patched model's layers; None where it is not patched, or runs only part by part."""
     causal_lm = base_model(model)
-    if STATE not in causal_lm.__dict__ or any(STATE not in layer.__dict__ for layer in causal_lm.model.layers):
+    if STATE not in causal_lm.__dict__ or not state_of(causal_lm).settings.placement:
+        return None
+    if any(STATE not in layer.__dict__ for layer in causal_lm.model.layers):
         return None
     return [policy_of(layer) for layer in causal_lm.model.layers]
 
@@ -156,7 +244,7 @@ def _note(ledger: Ledger, name: str, kind: str, backend: str, reason: str | None
         ledger.stock(name, kind, reason)
 
 
-_FORWARDS = (causal_lm_forward, backbone_forward, layer_forward, norm_forward)
+_FORWARDS = (causal_lm_forward, backbone_forward, layer_forward, norm_forward, linear_forward, rms_norm_forward)
 
 
 def _replaced(module: nn.Module) -> str | None:
@@ -181,7 +269,12 @@ def _install(module: nn.Module, forward: Callable[..., Any], state: ModuleState)
 def _uninstall(module: nn.Module) -> None:
     state = state_of(module)
     current = module.__dict__.get("forward")
-    if not (isinstance(current, MethodType) and current.__func__ in _FORWARDS):
+    ours = (*_FORWARDS, DEFERRING_FORWARDS.get(type(module)))
+    if current is None:
+        # A model without a head: only its parts were replaced.
+        del module.__dict__[STATE]
+        return
+    if not (isinstance(current, MethodType) and current.__func__ in ours):
         # Somebody wrapped the patched forward (a trainer, say): what they hold must go on working.
         log.warning("%s: its forward was wrapped after patching and stays fused", state.name)
         return
@@ -207,8 +300,12 @@ def _gradient_checkpointing_enable(
         log.warning("activation offload is not available yet; the layers' inputs stay on the device")
     for index, layer in enumerate(self.model.layers):  # type: ignore[union-attr, arg-type]
         layer.gradient_checkpointing = index % every_n_layers == 0
-        # What a layer that runs as stock calls.  The reentrant variant gives the same gradients, if any at all.
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = _call
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """In the place of Hugging Face's checkpoint function: the engine's `forward`s do what the placement says."""
+    return function(*arguments)
 
 
 def _gradient_checkpointing_disable(self: nn.Module) -> None:

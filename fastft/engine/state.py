@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from fastft.backends import Backend
+from fastft.engine.graphs import GraphMode
 from fastft.engine.ledger import Ledger
+from fastft.engine.runtime import Runtime
 from fastft.models.spec import LayerSpec
 from fastft.plan import Policy
 
@@ -35,6 +37,8 @@ class EngineSettings:
     """From (B, S) to the placement, asked when a batch of a new size comes (S is rounded up to a multiple of 64); None
     where the placement is given."""
     chosen: dict[tuple[int, int], list[Policy]] = field(default_factory=dict)
+    graphs: GraphMode = "auto"
+    runtime: Runtime = field(default_factory=Runtime)
 
     def place(self, batch: int, tokens: int) -> None:
         """Set the placement for a micro-batch of `batch` rows of `tokens` tokens."""

@@ -5,14 +5,17 @@ from operator import attrgetter
 from torch import nn
 
 from fastft.adapters.lora import why_called, why_not_fused
-from fastft.models.spec import LayerSpec
+from fastft.models.spec import ACTIVATIONS, LayerSpec
 
 
 def why_no_layer(layer: nn.Module, spec: LayerSpec) -> str | None:
     """Why the engine cannot run this decoder layer, or None where it can."""
     if type(layer).__name__ != spec.layer_class:
         return f"{type(layer).__name__} is not {spec.layer_class}"
-    for path in (spec.input_norm, spec.mlp_norm):
+    reason = _why_not_configured(layer, spec)
+    if reason is not None:
+        return reason
+    for path in spec.norms:
         norm = attrgetter(path)(layer)
         reason = why_no_norm(norm, spec) or why_called(norm)
         if reason is not None:
@@ -21,24 +24,38 @@ def why_no_layer(layer: nn.Module, spec: LayerSpec) -> str | None:
         reason = why_not_fused(attrgetter(path)(layer))
         if reason is not None:
             return f"{path.rpartition('.')[2]}: {reason}"
-    attention, mlp = (attrgetter(path.rpartition(".")[0])(layer) for path in (spec.o, spec.down))
-    for module in (attention, mlp, mlp.act_fn):
+    attention, mlp, activation = attrgetter(spec.attention, spec.mlp, spec.activation)(layer)
+    for module in (attention, mlp, activation):
         reason = why_called(module)
         if reason is not None:
             return f"{type(module).__name__}: {reason}"
-    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
-        return f"the activation is {type(mlp.act_fn).__name__}, not SiLU"
+    if type(activation).__name__ not in ACTIVATIONS:
+        return f"the activation is {type(activation).__name__}, not one of {', '.join(ACTIVATIONS)}"
     if attention.config.output_attentions:
         return "attention weights are asked for"
-    if attention.attention_dropout:
-        return "attention has dropout"
     if not (attention.is_causal and getattr(attention.config, "is_causal", True)):
         return "attention is not causal"
     # Flash and flex attention learn of packed documents in ways of their own, not from a mask.
     if attention.config._attn_implementation not in ("sdpa", "eager"):
         return f"attn_implementation is {attention.config._attn_implementation}, not sdpa or eager"
+    if spec.softcap is not None and attention.config._attn_implementation == "sdpa" and attrgetter(spec.softcap)(layer):
+        # Some releases of transformers let it through; training would then change with the path.
+        return "stock's sdpa leaves out its soft-cap; load it with attn_implementation='eager'"
     if hasattr(layer, "_hf_hook"):
         return "accelerate moves it between devices"
+    return None
+
+
+def _why_not_configured(layer: nn.Module, spec: LayerSpec) -> str | None:
+    """Why the engine cannot run a layer of this configuration, before its parts are looked for."""
+    config = attrgetter(spec.attention)(layer).config
+    for name, value, reason in spec.required:
+        if getattr(config, name) != value:
+            return reason
+    for path in spec.dropouts:
+        dropout = attrgetter(path)(layer)
+        if getattr(dropout, "p", dropout):
+            return f"{path.rpartition('.')[2].removesuffix('_dropout')} has dropout"
     return None
 
 
@@ -48,6 +65,8 @@ def why_no_norm(norm: nn.Module, spec: LayerSpec) -> str | None:
         return f"{type(norm).__name__} is not {spec.norm_class}"
     if getattr(norm.weight, "requires_grad", True):
         return "its weight is trained"
+    if getattr(getattr(norm, "bias", None), "requires_grad", False):
+        return "its bias is trained"
     return None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastft.config import RunConfig
+from fastft.engine.loss import IGNORED
 from fastft.engine.patch import ledger_of, patch_model
 from fastft.errors import MeasureError
 from fastft.hardware import detect_device
@@ -21,7 +22,6 @@ from fastft.plan import Choices
 from fastft.training.optimizers import make_optimizer
 
 Batch = Mapping[str, torch.Tensor]
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Session:
             config.optimizer, self.parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay
         )
         self._scaler = torch.amp.GradScaler(self.device.type) if dtype == torch.float16 else None
+
+    @property
+    def gradient_scale(self) -> float:
+        """By how much `forward_backward`'s gradients are larger than the loss's: fp16 trains with a scaled loss."""
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
 
     def ledger(self) -> dict[str, int]:
         """How many modules run on each path; `{"model: stock": 1}` for backend peft."""
@@ -144,6 +149,7 @@ def build_session(config: RunConfig, choices: Choices, *, seed: int | None = Non
             placement=choices.placement,
             attention=choices.attention,
             loss_chunk_tokens=choices.loss_chunk_tokens,
+            graphs=choices.graphs,
             strict=config.strict,
         )
     tokenizer = load_tokenizer(resolved, offline=config.offline, trust_remote_code=config.trust_remote_code)

@@ -1,7 +1,9 @@
 """What PEFT can make of an adapter: each runs with stock's results, and the ledger says what is not fused and why."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import peft
@@ -11,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from fastft import ledger_of, patch_model
-from fastft.adapters.lora import read_linear, why_not_fused
+from fastft.adapters.lora import read_linear, stand_in, why_not_alone, why_not_fused
 from fastft.models.shapes import SHAPES
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -77,7 +79,8 @@ def logits_of(model: Any) -> Tensor:
 
 
 def reasons(model: Any) -> set[str]:
-    return {path.reason for path in ledger_of(model).fallbacks.values()}
+    """Why layers, norm, head and loss do not run fused; tests/engine/test_generic.py has the parts of a layer."""
+    return {path.reason for path in ledger_of(model).fallbacks.values() if path.kind != "linear"}
 
 
 def test_the_tensors_read_are_pefts_own(device):
@@ -271,7 +274,15 @@ def _replaced(module: Any) -> None:
     module.base_layer.forward = module.base_layer.forward
 
 
-def _conv(module: Any) -> None:
+def _other(module: Any) -> None:
+    module.base_layer = nn.Conv1d(64, 64, 1)
+
+
+def _nested(module: Any) -> None:
+    module.base_layer = type(module)(module.base_layer, "inner", peft.LoraConfig(), r=2)
+
+
+def _transposed_and_trained(module: Any) -> None:
     module.base_layer = transformers.pytorch_utils.Conv1D(64, 64)
 
 
@@ -281,7 +292,9 @@ def _conv(module: Any) -> None:
         (_transposed, "its weight is stored transposed"),
         (_hooked, "its adapter: it has hooks"),
         (_replaced, "its base layer: its forward was replaced"),
-        (_conv, "Conv1D is not a linear layer that the engine knows"),
+        (_other, "Conv1d is not a linear layer that the engine knows"),
+        (_nested, "two adapter layers are nested"),
+        (_transposed_and_trained, "its base weight is trained"),
     ],
 )
 def test_reasons(change: Callable[[Any], None], reason: str, device):
@@ -289,3 +302,33 @@ def test_reasons(change: Callable[[Any], None], reason: str, device):
     assert why_not_fused(module) is None
     change(module)
     assert why_not_fused(module) == reason
+
+
+def test_what_a_layer_cannot_take_may_be_computed_alone(device):
+    module = make_model(device, lora_bias=True).get_base_model().model.layers[0].self_attn.q_proj
+    assert why_not_alone(module) is None
+    assert why_not_fused(module) == "its LoRA has a bias"
+    plain = make_model(device).get_base_model().model.layers[0].self_attn.q_proj
+    plain.register_forward_hook(lambda *_: None)
+    assert why_not_alone(plain) is None
+    assert why_not_fused(plain) == "it has hooks"
+
+
+def test_only_the_engines_own_forwards_may_be_passed_over(device):
+    """A wrapper may look like what it wraps, down to its attributes."""
+    module = make_model(device).get_base_model().model.layers[0].self_attn.q_proj
+
+    @stand_in
+    def own(self: nn.Module, x: Tensor) -> Tensor:
+        return x
+
+    @functools.wraps(own)
+    def wrapper(self: nn.Module, x: Tensor) -> Tensor:
+        return own(self, x)
+
+    module.forward = MethodType(own, module)
+    assert why_not_fused(module) is None
+    module.forward = MethodType(wrapper, module)
+    assert why_not_fused(module) == "its forward was replaced"
+    module.forward = functools.partial(own, module)
+    assert why_not_fused(module) == "its forward was replaced"

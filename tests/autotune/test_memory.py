@@ -7,6 +7,7 @@ from fastft.memory_model import recompute_flops, step_flops
 from fastft.models.shapes import SHAPES
 from fastft.plan import Choices, Policy, Trial
 
+CPU = Device("cpu", "C", None, None, 2**35, 2)
 GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
 SHAPE = SHAPES["toy-llama"]
 CONFIG = RunConfig(model="toy-llama", sequence_tokens=128)
@@ -55,7 +56,7 @@ def test_measured_uniform_placements_become_costs_a_layer() -> None:
         trial("light", 4, 4000, "over_cap", (30.0, 31.0, 29.0)), trial("full", 4, 1300, times=(36.0, 36.0, 90.0)),
         trial("mlp", 4, 2501, times=(33.0,)), trial("full", 2, 7, times=(1.0,)),
     ]  # fmt: skip
-    found = layer_costs(trials, "eager", 4, shape=SHAPE, config=CONFIG, device=GPU)
+    found = layer_costs(trials, "eager", 4, shape=SHAPE, config=CONFIG, device=CPU)
     assert found is not None
     assert (found.base_ms, found.base_bytes) == (30.0, 1300)
     assert {p: (c.price_ms, c.saved_bytes) for p, c in found.costs.items()} == {
@@ -63,9 +64,17 @@ def test_measured_uniform_placements_become_costs_a_layer() -> None:
     }  # fmt: skip
 
 
+def test_a_gpu_is_offered_its_host_s_memory_too() -> None:
+    trials = [trial("full", 4, 10_000_000, times=(36.0,))]
+    found = layer_costs(trials, "eager", 4, shape=SHAPE, config=CONFIG, device=GPU)
+    assert found is not None
+    assert set(found.costs) == {"light", "mlp", "full", "offload_mlp", "offload"}
+    assert found.costs["offload"].saved_bytes < found.costs["full"].saved_bytes
+
+
 def test_what_did_not_run_is_taken_from_the_model() -> None:
     trials = [trial("light", 4, None, "out_of_memory", ()), trial("full", 4, 10_000_000, times=(36.0,))]
-    found = layer_costs(trials, "eager", 4, shape=SHAPE, config=CONFIG, device=GPU)
+    found = layer_costs(trials, "eager", 4, shape=SHAPE, config=CONFIG, device=CPU)
     assert found is not None
     assert set(found.costs) == {"light", "mlp", "full"}
     assert found.costs["light"].saved_bytes > found.costs["mlp"].saved_bytes > found.costs["full"].saved_bytes == 0

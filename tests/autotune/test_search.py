@@ -27,8 +27,8 @@ SHAPE = SHAPES["llama-3.2-1b"]
 CONFIG = RunConfig(model="llama-3.2-1b", sequence_tokens=1024)
 GIB = 2**30
 
-PRICE_MS: dict[Policy, float] = {"keep": 0.0, "light": 0.2, "mlp": 2.0, "full": 3.0}
-SAVED_MIB: dict[Policy, int] = {"keep": 90, "light": 60, "mlp": 25, "full": 5}
+PRICE_MS: dict[Policy, float] = {"keep": 0.0, "light": 0.2, "mlp": 2.0, "full": 3.0, "offload_mlp": 3.5, "offload": 4.5}
+SAVED_MIB: dict[Policy, int] = {"keep": 90, "light": 60, "mlp": 25, "full": 5, "offload_mlp": 1, "offload": 0}
 
 
 class FakeGpu:

@@ -118,7 +118,7 @@ def test_the_gates_batch_is_ragged_padded_and_partly_unlabelled(batch_size, toke
     assert all(torch.equal(batch[name], again[name]) for name in batch)
 
 
-@given(st.lists(st.sampled_from(POLICIES), min_size=4, max_size=40), st.integers(4, 8))
+@given(st.lists(st.sampled_from(POLICIES), min_size=6, max_size=40), st.integers(6, 8))
 def test_a_shallow_copy_keeps_every_policy(placement, layers):
     shallow = shallow_placement(placement, layers)
     assert len(shallow) == layers
@@ -191,11 +191,11 @@ def test_a_deep_shape_is_compared_on_a_shallow_copy(monkeypatch):
     config = CONFIG.model_copy(update={"model": "deep", "sequence_tokens": 64, "plan": "none"})
     choices, _ = choices_for("eager", config)
     choices = choices.model_copy(update={"placement": ["keep"] * 5 + ["full"] * 4})
-    result = check_parity(config, choices, seed=0, size=GateSize(layers=4, sequence_tokens=16))
-    monkeypatch.delitem(SHAPES, "deep:4-layers")
+    result = check_parity(config, choices, seed=0, size=GateSize(layers=6, sequence_tokens=16))
+    monkeypatch.delitem(SHAPES, "deep:6-layers")
     assert result.parity.passed
     assert not result.setup["whole_model"]
-    assert result.setup["layers"] == 4
+    assert result.setup["layers"] == 6
     assert result.setup["sequence_tokens"] == 16
-    assert result.setup["placement"] == ["keep", "full", "full", "full"]
-    assert result.parity.tensors == 2 * 7 * 4
+    assert result.setup["placement"] == ["keep"] + ["full"] * 5
+    assert result.parity.tensors == 2 * 7 * 6

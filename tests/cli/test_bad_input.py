@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fastft.models import shapes
 from fastft.plan import Plan
 from fastft.plan_store import PlanStore
 
@@ -17,7 +18,7 @@ Cli = Callable[..., Any]
 
 ROW = '{"instruction": "1 + 1", "output": "#### 2"}\n'
 GPT2 = json.dumps({"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "n_head": 2, "vocab_size": 32})
-SHAPES = "llama-3-8b, llama-3.2-1b, llama-3.2-3b, qwen2-0.5b, qwen2-1.5b, qwen2-7b, tiny, toy-llama, toy-qwen2"
+SHAPES = ", ".join(sorted([*shapes.SHAPES, "tiny"]))
 SCENARIOS = "embedded, embedded-quick, llama-3-8b, qwen2-1.5b, qwen2-1.5b-small-batch"
 FORMATS = (
     '{"instruction": …, "input": … (optional), "output": …}, {"messages": [{"role": …, "content": …}]}, '
@@ -66,8 +67,8 @@ CASES = {
     ),
     "no model": Case(
         "tune", 2,
-        "tune needs one model; got none; allowed: tiny, llama-3-8b, llama-3.2-1b, llama-3.2-3b, qwen2-0.5b, "
-        "qwen2-1.5b, qwen2-7b, toy-llama, toy-qwen2, a local folder, a hub name (owner/name); "
+        f"tune needs one model; got none; allowed: tiny, {', '.join(shapes.SHAPES)}, a local folder, "
+        "a hub name (owner/name); "
         "fix: write it like `fastft tune tiny`",
     ),
     "unknown model": Case(
@@ -82,13 +83,13 @@ CASES = {
     ),
     "unsupported family, triton": Case(
         "tune gpt --device cpu", 4,
-        "plans are for supported model types only; got gpt2; allowed: llama, qwen2; "
+        f"plans are for supported model types only; got gpt2; allowed: {', '.join(shapes.SUPPORTED_FAMILIES)}; "
         "fix: train it with --backend peft --plan none",
         {"gpt/config.json": GPT2},
     ),
     "unsupported family, eager": Case(
         "train --model gpt --backend eager", 4,
-        "plans are for supported model types only; got gpt2; allowed: llama, qwen2; "
+        f"plans are for supported model types only; got gpt2; allowed: {', '.join(shapes.SUPPORTED_FAMILIES)}; "
         "fix: train it with --backend peft --plan none",
         {"gpt/config.json": GPT2},
     ),

@@ -23,7 +23,7 @@ def test_attention_that_cannot_run_is_replaced_aloud(toy, batch_of, caplog):
         pytest.skip("flash may be able to run here")
     patch_model(model, backend="eager", attention="flash")
     model(**on_device(model, batch_of("none"))).loss.backward()
-    assert ledger_of(model).counts()["attention: cpu, because flash cannot run without a mask here"] == 3
+    assert ledger_of(model).counts()["attention: cpu, because flash cannot run here with causal attention"] == 3
     assert "flash cannot run" in caplog.text
     patch_model(model, backend="eager", attention="cpu")
     model(**on_device(model, batch_of("none")))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastft.backends import Backend, load_backend
 from fastft.engine.loss import IGNORED, linear_cross_entropy, shifted_targets
+from fastft.kernels.cross_entropy import LogitTransform
 
 T, D, V = 45, 16, 67
 
@@ -55,6 +56,24 @@ def test_any_chunk_gives_the_loss_and_its_gradient(chunk, labelled, ops, device)
     assert not grad_TD[targets_T == IGNORED].any()
 
 
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("multiplier", [1.0, 0.25])
+def test_the_logits_may_be_transformed(softcap, multiplier, ops, device):
+    """Scaled (Granite) and soft-capped (Gemma 2)."""
+    hidden_TD, head_VD, targets_T = problem(device)
+    leaf_TD = hidden_TD.double().requires_grad_()
+    z_TV = multiplier * leaf_TD @ head_VD.double().t()
+    if softcap is not None:
+        z_TV = softcap * torch.tanh(z_TV / softcap)
+    expected = F.cross_entropy(z_TV, targets_T, ignore_index=IGNORED)
+    loss, grad_TD = fused(
+        hidden_TD, head_VD, targets_T, ops, chunk_tokens=7, transform=LogitTransform(multiplier, softcap)
+    )
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=0)
+    expected_grad = torch.autograd.grad(expected, leaf_TD)[0]
+    torch.testing.assert_close(grad_TD.double(), expected_grad, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("divisor", [11, 11.0, torch.tensor(11)], ids=["int", "float", "tensor"])
 def test_the_divisor_is_the_callers(divisor, ops, device):
     arguments = problem(device)
@@ -76,9 +95,9 @@ def test_without_gradients_the_head_is_not_multiplied_twice(ops, device):
     hidden_TD, head_VD, targets_T = problem(device)
     scales = []
 
-    def spy(logits_NV: Tensor, targets_N: Tensor, scale: object = None) -> Tensor:
+    def spy(logits_NV: Tensor, targets_N: Tensor, scale: object, transform: object) -> Tensor:
         scales.append(scale)
-        return ops.cross_entropy_(logits_NV, targets_N, scale)
+        return ops.cross_entropy_(logits_NV, targets_N, scale, transform)
 
     spying = ops._replace(cross_entropy_=spy)
     loss = linear_cross_entropy(hidden_TD, head_VD, targets_T, spying)
@@ -94,9 +113,9 @@ def test_only_labelled_rows_and_one_chunk_at_a_time_have_logits(device):
     ops = load_backend("eager")
     shapes = []
 
-    def spy(logits_NV: Tensor, targets_N: Tensor, scale: object = None) -> Tensor:
+    def spy(logits_NV: Tensor, targets_N: Tensor, scale: object, transform: object) -> Tensor:
         shapes.append(tuple(logits_NV.shape))
-        return ops.cross_entropy_(logits_NV, targets_N, scale)
+        return ops.cross_entropy_(logits_NV, targets_N, scale, transform)
 
     fused(hidden_TD, head_VD, targets_T, ops._replace(cross_entropy_=spy), chunk_tokens=8)
     count = int((targets_T != IGNORED).sum())

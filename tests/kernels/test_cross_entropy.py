@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from fastft.kernels.cross_entropy import reference, triton
+from fastft.kernels.cross_entropy import LogitTransform, reference, triton
 
 OPERATION = "cross_entropy"
 SCALE = 1 / 37
@@ -21,10 +21,17 @@ def make(N: int, V: int, dtype: torch.dtype, device: torch.device) -> tuple[Tens
     return (4 * torch.randn(N, V, device=device)).to(dtype), torch.randint(0, V, (N,), device=device)
 
 
-def differentiate(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+def differentiate(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    transform: LogitTransform = LogitTransform(),  # noqa: B008
+) -> tuple[Tensor, Tensor]:
     """Loss and scaled gradient as Hugging Face computes them; in fp64 without the upcast to fp32."""
     logits_NV = logits_NV.detach().requires_grad_()
-    wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    z_NV = logits_NV / (1 / transform.multiplier)
+    if transform.softcap is not None:
+        z_NV = torch.tanh(z_NV / transform.softcap) * transform.softcap
+    wide_NV = z_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     loss_N = functional.cross_entropy(wide_NV, targets_N, reduction="none")
     return loss_N.detach(), torch.autograd.grad(loss_N.sum() * SCALE, logits_NV)[0]
 
@@ -41,6 +48,33 @@ def test_loss_and_gradient_against_fp64(N, V, dtype, device, kernels, assert_acc
 
     assert_accurate("loss", kernels.cross_entropy_(logits_NV, targets_N, SCALE), eager_loss, truth_loss)
     assert_accurate("gradient", logits_NV, eager_gradient, truth_gradient)
+
+
+@pytest.mark.parametrize("transform", [(1 / 16, None), (1.0, 30.0), (1.0, 2.0), (0.25, 5.0)], ids=str)
+@pytest.mark.parametrize(("N", "V"), [(63, 100), (3, 20011)])
+def test_transformed_logits_against_fp64(N, V, transform, dtype, device, kernels, assert_accurate):
+    transform = LogitTransform(*transform)
+    logits_NV, targets_N = make(N, V, dtype, device)
+    logits_NV[0, : V // 2] *= 1e-3  # where a tanh that cancels would show
+    truth_loss, truth_gradient = differentiate(logits_NV.double(), targets_N, transform)
+    eager_loss, eager_gradient = differentiate(logits_NV, targets_N, transform)
+    before_NV = logits_NV.clone()
+    assert_accurate("alone", kernels.cross_entropy_(logits_NV, targets_N, None, transform), eager_loss, truth_loss)
+    assert torch.equal(logits_NV, before_NV)
+    assert_accurate("loss", kernels.cross_entropy_(logits_NV, targets_N, SCALE, transform), eager_loss, truth_loss)
+    assert_accurate("gradient", logits_NV, eager_gradient, truth_gradient)
+
+
+def test_a_soft_cap_gives_no_weight_outside_the_row(device, kernels: ModuleType):
+    """Lanes past V must not count as −softcap; a logit of −∞ does, as in Hugging Face's model."""
+    logits_NV = torch.zeros(2, 3, device=device)
+    logits_NV[1, 2] = float("-inf")
+    loss_N = kernels.cross_entropy_(
+        logits_NV, torch.zeros(2, dtype=torch.long, device=device), 1.0, LogitTransform(1.0, 2.0)
+    )
+    expected_N = torch.tensor([3.0, 2.0 + torch.tensor(-2.0).exp().item()]).log().to(device)
+    assert_close(loss_N, expected_N)
+    assert logits_NV.isfinite().all()
 
 
 def test_reference_is_hugging_faces_loss(dtype, device):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 from fastft.errors import ModelError
 from fastft.kernels.rope import reference
@@ -30,12 +30,14 @@ def hugging_face(x_THd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("T", "H", "d", "S"),
-    [(1, 1, 2, 1), (63, 3, 64, 63), (12, 5, 96, 4), (13, 2, 128, 4), (7, 1, 256, 1000), (3, 40, 128, 3)],
-)
-def test_rotation_and_gradient_against_fp64(T, H, d, S, dtype, device, kernels, assert_accurate):
+    ("T", "H", "d", "S", "width"),
+    [(1, 1, 2, 1, 2), (63, 3, 64, 63, 64), (12, 5, 96, 4, 96), (13, 2, 128, 4, 128), (7, 1, 256, 1000, 256),
+     (3, 40, 128, 3, 128), (13, 3, 96, 5, 64), (4, 2, 7, 4, 6), (5, 2, 8, 5, 0)],
+)  # fmt: skip
+def test_rotation_and_gradient_against_fp64(T, H, d, S, width, dtype, device, kernels, assert_accurate):
+    """Tables narrower than a head rotate its first part."""
     x_THd, dy_THd = (torch.randn(T, H, d, device=device).to(dtype) for _ in range(2))
-    cos_Sd, sin_Sd = tables(S, d, dtype, device)
+    cos_Sd, sin_Sd = tables(S, width, dtype, device)
     outputs = []
     for wide in (dtype, torch.float64):
         leaf_THd = x_THd.detach().to(wide).requires_grad_()
@@ -98,10 +100,13 @@ def test_tokens_past_two_to_the_31_elements(device, kernels: ModuleType, far_row
     assert_close(kernels.rope_(x_THd, cos_Sd, sin_Sd), expected_THd)
 
 
-def test_partial_rotary_and_odd_heads_are_refused(device, kernels: ModuleType):
+def test_tables_that_do_not_fit_are_refused(device, kernels: ModuleType):
     cos_Sd, sin_Sd = tables(4, 8, torch.float32, device)
+    for cos, sin in ((cos_Sd, sin_Sd[:, :6]), (cos_Sd[:0], sin_Sd[:0])):
+        with pytest.raises(ModelError, match="do not fit"):
+            kernels.rope_(torch.ones(4, 2, 16, device=device), cos, sin)
     with pytest.raises(ModelError, match="do not fit"):
-        kernels.rope_(torch.ones(4, 2, 16, device=device), cos_Sd, sin_Sd)
+        kernels.rope_(torch.ones(4, 2, 6, device=device), cos_Sd, sin_Sd)
     with pytest.raises(ModelError, match="even"):
         kernels.rope_(torch.ones(4, 2, 7, device=device), cos_Sd[:, :7], sin_Sd[:, :7])
 

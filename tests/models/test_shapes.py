@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -5,7 +7,7 @@ import transformers
 from fastft.config import LLAMA_LINEARS
 from fastft.errors import ModelError
 from fastft.models.shapes import SHAPES, SUPPORTED_FAMILIES, ModelShape, shape_of, shipped_shape
-from fastft.models.spec import SPECS
+from fastft.models.spec import ACTIVATIONS, SPECS
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -32,22 +34,33 @@ def test_sizes_are_those_of_the_model(name):
     assert len(model.model.layers) == shape.layers
 
 
+@pytest.mark.parametrize("name", ["gemma-2-9b", "smollm3-3b"])
+def test_a_model_made_shorter(name):
+    shape = dataclasses.replace(SHAPES[name], layers=3)
+    config = shape.to_config()
+    assert shape_of(config) == shape
+    assert config.layer_types == SHAPES[name].to_config().layer_types[:3]
+
+
 # From the models' cards, in billions.
 @pytest.mark.parametrize(
     ("name", "billions"),
     [("llama-3-8b", 8.03), ("llama-3.2-1b", 1.24), ("llama-3.2-3b", 3.21), ("qwen2-0.5b", 0.494), ("qwen2-1.5b", 1.54),
-     ("qwen2-7b", 7.62)],
+     ("qwen2-7b", 7.62), ("mistral-7b", 7.25), ("qwen3-8b", 8.19), ("gemma-2-9b", 9.24), ("gemma-3-4b", 3.88),
+     ("phi-4", 14.66), ("falcon3-7b", 7.46), ("smollm2-1.7b", 1.71), ("smollm3-3b", 3.08), ("granite-3-8b", 8.17)],
 )  # fmt: skip
 def test_published_sizes(name, billions):
     assert SHAPES[name].parameters / 1e9 == pytest.approx(billions, abs=0.006)
 
 
-@pytest.mark.parametrize("name", ["toy-llama", "toy-qwen2"])
-@pytest.mark.parametrize("targets", [LLAMA_LINEARS, ("q_proj", "v_proj"), ("down_proj",), ("lm_head",)])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith("toy")])
+@pytest.mark.parametrize("targets", ["all", "first and last", ("lm_head",)])
 def test_adapter_sizes_are_pefts(name, targets):
     import peft
 
     shape = SHAPES[name]
+    every = shape.spec.targets
+    targets = {"all": every, "first and last": (every[0], every[-1])}.get(targets, targets)
     counted = shape.lora_parameters(5, targets)
     if targets == ("lm_head",):
         assert counted == 0, "only the layers' linears count"
@@ -69,7 +82,9 @@ def test_a_configuration_with_little_in_it():
 
 
 def test_other_families_are_refused():
-    with pytest.raises(ModelError, match="not supported; got gpt2; allowed: llama, qwen2; fix: choose backend peft"):
+    with pytest.raises(
+        ModelError, match=r"not supported; got gpt2; allowed: llama, mistral, qwen2, .*; fix: choose backend peft"
+    ):
         shape_of(transformers.GPT2Config())
     with pytest.raises(ModelError, match="got unknown"):
         shape_of(object())
@@ -80,7 +95,8 @@ def test_the_tables_agree():
     assert {shape.family for shape in SHAPES.values()} == set(SPECS)
     for family, spec in SPECS.items():
         assert spec.family == family
-        assert [path.rpartition(".")[2] for path in spec.linears] == list(LLAMA_LINEARS)
+        assert len(set(spec.targets)) == len(spec.linears), "names of targets must tell the linears apart"
+    assert SPECS["llama"].targets == LLAMA_LINEARS
 
 
 @pytest.mark.parametrize("family", SPECS)
@@ -91,11 +107,10 @@ def test_a_spec_finds_the_parts_of_its_layer(family):
     [name] = [name for name, shape in SHAPES.items() if shape.family == family and name.startswith("toy")]
     layer = transformers.AutoModelForCausalLM.from_config(SHAPES[name].to_config()).model.layers[0]
     assert type(layer).__name__ == spec.layer_class
-    assert {type(attrgetter(path)(layer)).__name__ for path in (spec.input_norm, spec.mlp_norm)} == {spec.norm_class}
+    assert {type(attrgetter(path)(layer)).__name__ for path in spec.norms} == {spec.norm_class}
     assert all(isinstance(attrgetter(path)(layer), torch.nn.Linear) for path in spec.linears)
-    owned = {
-        id(p) for path in (*spec.linears, spec.input_norm, spec.mlp_norm) for p in attrgetter(path)(layer).parameters()
-    }
+    assert type(attrgetter(spec.activation)(layer)).__name__ in ACTIVATIONS
+    owned = {id(p) for path in (*spec.linears, *spec.norms) for p in attrgetter(path)(layer).parameters()}
     assert owned == {id(p) for p in layer.parameters()}, "the layer has a parameter that the engine would not know"
 
 
@@ -108,5 +123,18 @@ def test_a_shipped_shape_by_name():
 def test_a_shape_is_json():
     import json
 
-    shape = SHAPES["qwen2-0.5b"]
-    assert ModelShape(**json.loads(json.dumps(shape.as_dict()))) == shape
+    for shape in SHAPES.values():
+        assert ModelShape(**json.loads(json.dumps(shape.as_dict()))) == shape
+        assert json.dumps(shape.sizes())
+
+
+def test_constants_are_no_sizes():
+    shape = SHAPES["toy-gemma2"]
+    same = dataclasses.replace(shape, rope_theta=7.0, settings={**shape.settings, "final_logit_softcapping": 9.0})
+    assert same.sizes() == shape.sizes()
+    for other in ({"window": 9}, {"settings": {**shape.settings, "layer_types": ["full_attention"] * 3}}):
+        assert dataclasses.replace(shape, **other).sizes() != shape.sizes()
+
+
+def test_a_falcon_3_is_a_llama():
+    assert SHAPES["falcon3-7b"].family == "llama"

@@ -1,13 +1,16 @@
 """Cross-entropy in plain PyTorch.
 
 Source of the formula and of the rounding: `ForCausalLMLoss` in transformers' `loss_utils.py`.  Logits are
-upcast to fp32; the gradient is cast back to their dtype.
+upcast to fp32; the gradient is cast back to their dtype.  A soft-cap is `Gemma2ForCausalLM`'s; transformers rounds each
+of its steps to the logits' dtype, here all of it is fp32.
 """
 
 # N labelled rows, V vocabulary
 
 import torch
 from torch import Tensor
+
+from fastft.kernels.cross_entropy import LogitTransform
 
 # Rows are taken in blocks: on a CPU so few that all passes over a block stay in the cache, on a GPU enough
 # to fill it while the fp32 copy of 16-bit logits stays small.
@@ -21,18 +24,24 @@ def scale_tensor(scale: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((1,), scale, dtype=torch.float32, device=device)
 
 
-def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, scale: float | Tensor | None = None) -> Tensor:
+def cross_entropy_(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    scale: float | Tensor | None = None,
+    transform: LogitTransform = LogitTransform(),  # noqa: B008
+) -> Tensor:
     """The loss of each row, and its gradient in the logits' place.
 
     Args:
-        logits_NV: fp32, bf16 or fp16; N may be 0.  Overwritten by `scale · (softmax − onehot)` if there is
-            a scale, else left as they are.
+        logits_NV: fp32, bf16 or fp16; N may be 0.  Overwritten by their gradient,
+            `scale · (softmax − onehot) · transform'(logits)`, if there is a scale, else left as they are.
         targets_N: int64, each from 0 to V−1; rows without a target are not passed.
         scale: a number or a one-element tensor on the logits' device: what the loss's sum is multiplied by,
             1 ÷ the global count of labels.
+        transform: what comes between the head and the softmax.
 
     Returns:
-        `loss_N = logsumexp(logits) − logits[target]`, fp32, unscaled.
+        `loss_N = logsumexp(z) − z[target]` with `z = transform(logits)`, fp32, unscaled.
     """
     N, V = logits_NV.shape
     loss_N = torch.empty((N,), dtype=torch.float32, device=logits_NV.device)
@@ -43,15 +52,18 @@ def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, scale: float | Tensor |
     for logits_nV, targets_n, loss_n in zip(
         logits_NV.split(rows), targets_N.split(rows), loss_N.split(rows), strict=True
     ):
-        _block(logits_nV, targets_n.unsqueeze(1), scale_1, loss_n)
+        _block(logits_nV, targets_n.unsqueeze(1), scale_1, loss_n, transform)
     return loss_N
 
 
-def _block(logits_nV: Tensor, targets_n1: Tensor, scale_1: Tensor | None, loss_n: Tensor) -> None:
-    in_place = scale_1 is not None and logits_nV.dtype == torch.float32
-    maximum_n1 = logits_nV.amax(-1, keepdim=True)
+def _block(
+    logits_nV: Tensor, targets_n1: Tensor, scale_1: Tensor | None, loss_n: Tensor, transform: LogitTransform
+) -> None:
+    z_nV, slope_nV = _transformed(logits_nV, transform, needs_slope=scale_1 is not None)
+    in_place = scale_1 is not None and z_nV.dtype == torch.float32
+    maximum_n1 = z_nV.amax(-1, keepdim=True)
     # The subtraction of two 16-bit numbers would be rounded; of one and an fp32 number it is not.
-    work_nV = logits_nV.sub_(maximum_n1) if in_place else torch.sub(logits_nV, maximum_n1.to(torch.float32))
+    work_nV = z_nV.sub_(maximum_n1) if in_place else torch.sub(z_nV, maximum_n1.to(torch.float32))
     target_n1 = work_nV.gather(1, targets_n1)
     total_n1 = work_nV.exp_().sum(-1, keepdim=True)
     torch.sub(total_n1.log(), target_n1, out=loss_n.unsqueeze(1))
@@ -59,5 +71,19 @@ def _block(logits_nV: Tensor, targets_n1: Tensor, scale_1: Tensor | None, loss_n
         return
     work_nV.mul_(scale_1 / total_n1)
     work_nV.scatter_add_(1, targets_n1, (-scale_1).expand(len(work_nV), 1))
-    if not in_place:
+    if slope_nV is not None:
+        work_nV.mul_(slope_nV)
+    if work_nV is not logits_nV:
         logits_nV.copy_(work_nV)
+
+
+def _transformed(
+    logits_nV: Tensor, transform: LogitTransform, *, needs_slope: bool
+) -> tuple[Tensor, Tensor | float | None]:
+    """z, new and in fp32 unless it is the logits themselves, and dz / dlogits (None for 1)."""
+    multiplier, softcap = transform
+    if softcap is None:
+        return (logits_nV, None) if multiplier == 1.0 else (logits_nV.to(torch.float32) * multiplier, multiplier)
+    tanh_nV = (logits_nV.to(torch.float32) * (multiplier / softcap)).tanh_()
+    slope_nV = tanh_nV.square().neg_().add_(1.0).mul_(multiplier) if needs_slope else None
+    return tanh_nV.mul_(softcap), slope_nV

@@ -193,7 +193,18 @@ def _slices(dlow_TR: torch.Tensor, group: Sequence[Linear]) -> list[tuple[int, t
 
 def _stacked_a(group: Sequence[Linear], dtype: torch.dtype) -> torch.Tensor:
     matrices = [layer.a for layer in group if layer.a is not None]
-    return (matrices[0] if len(matrices) == 1 else torch.cat(matrices)).to(dtype)
+    if len(matrices) == 1:
+        return matrices[0].to(dtype)
+    first, inputs = matrices[0], matrices[0].shape[1]
+    storage = first.untyped_storage().data_ptr()
+    rows, address = 0, first.data_ptr()
+    for a in matrices:
+        here = a.data_ptr() == address and a.untyped_storage().data_ptr() == storage
+        if not here or a.dtype != first.dtype or not a.is_contiguous():
+            return torch.cat(matrices).to(dtype)
+        rows, address = rows + a.shape[0], address + a.numel() * a.element_size()
+    # One after the other in memory, as in an adapter bank: nothing to copy.
+    return first.as_strided((rows, inputs), (inputs, 1)).to(dtype)
 
 
 def _dropout(group: Sequence[Linear]) -> bool:

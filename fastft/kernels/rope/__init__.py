@@ -8,19 +8,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def check_rotary_shapes(x_THd: "Tensor", cos_Sd: "Tensor", sin_Sd: "Tensor") -> None:
-    """Refuse what would rotate wrongly without an error: partial rotary tables and odd head sizes.
+def rotary_width(x_THd: "Tensor", cos_Sd: "Tensor", sin_Sd: "Tensor") -> int:
+    """How many of the first elements of each head are rotated: the tables' width.
 
     Raises:
-        ModelError: the head size is odd, or a table's width is not the head size, or a table has no rows.
+        ModelError: the width is odd or more than the head size, or the tables differ or have no rows.
     """
-    head_size = x_THd.shape[-1]
-    if head_size % 2:
-        raise ModelError("rotary embedding needs an even head size", got=head_size, fix="leave these heads unpatched")
-    if cos_Sd.shape != sin_Sd.shape or cos_Sd.shape[-1] != head_size or (len(x_THd) and not len(cos_Sd)):
+    head_size, width = x_THd.shape[-1], cos_Sd.shape[-1]
+    if width % 2:
+        raise ModelError("rotary embedding needs an even width", got=width, fix="leave these heads unpatched")
+    if cos_Sd.shape != sin_Sd.shape or width > head_size or (len(x_THd) and not len(cos_Sd)):
         raise ModelError(
             "rotary tables do not fit the heads",
             got=f"cos {tuple(cos_Sd.shape)}, sin {tuple(sin_Sd.shape)}",
-            allowed=f"two tables of the shape (S, {head_size})",
-            fix="pass the rotated part of each head only: x[..., :rotary_size]",
+            allowed=f"two tables of one shape, with rows, up to {head_size} wide",
+            fix="pass the tables of these heads",
         )
+    return width

@@ -4,14 +4,14 @@ Same name, signature and rounding as `reference.py`: computed in fp32, rounded o
 several heads of one token, so that the tables' row is loaded once for them.
 """
 
-# T tokens, H heads, d head size, S rows of the tables, h half a head
+# T tokens, H heads, d head size, S rows of the tables, r their width, h half of it
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels.launch import device_guard, next_power_of_2, unit_stride, warps_for
-from fastft.kernels.rope import check_rotary_shapes
+from fastft.kernels.rope import rotary_width
 
 _MAX_BLOCK_ELEMENTS = 2048
 """Of each half; 32 heads of size 128."""
@@ -44,23 +44,23 @@ def _rotate_kernel(
     tl.store(second_at_Hh, second_Hh * cos_h + first_Hh * sin_h, mask=mask_Hh)
 
 
-def rope_(x_THd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, *, inverse: bool = False) -> Tensor:
+def rope_(x_THd: Tensor, cos_Sr: Tensor, sin_Sr: Tensor, *, inverse: bool = False) -> Tensor:
     """Rotates and returns `x_THd`; see `reference.rope_`.
 
     Raises:
-        ModelError: an odd d, or tables of another width.
+        ModelError: an odd r, or one over d.
     """
-    check_rotary_shapes(x_THd, cos_Sd, sin_Sd)
-    T, H, d = x_THd.shape
-    if x_THd.numel() == 0:
+    half = rotary_width(x_THd, cos_Sr, sin_Sr) // 2
+    T, H, _ = x_THd.shape
+    if x_THd.numel() == 0 or half == 0:
         return x_THd
-    cos_Sd, sin_Sd = unit_stride(cos_Sd), unit_stride(sin_Sd)
-    block_half = next_power_of_2(d // 2)
+    cos_Sr, sin_Sr = unit_stride(cos_Sr), unit_stride(sin_Sr)
+    block_half = next_power_of_2(half)
     block_heads = min(next_power_of_2(H), max(1, _MAX_BLOCK_ELEMENTS // block_half))
     with device_guard(x_THd):
         _rotate_kernel[(T, triton.cdiv(H, block_heads))](
-            x_THd, cos_Sd, sin_Sd, H, len(cos_Sd), *x_THd.stride(), cos_Sd.stride(0), sin_Sd.stride(0),
-            INVERSE=inverse, HALF=d // 2, BLOCK_H=block_heads, BLOCK_HALF=block_half,
+            x_THd, cos_Sr, sin_Sr, H, len(cos_Sr), *x_THd.stride(), cos_Sr.stride(0), sin_Sr.stride(0),
+            INVERSE=inverse, HALF=half, BLOCK_H=block_heads, BLOCK_HALF=block_half,
             num_warps=warps_for(block_heads * block_half),
         )  # fmt: skip
     return x_THd

@@ -1,0 +1,171 @@
+"""One LoRA linear layer as an autograd function, for models whose decoder layers do not run fused as a whole.
+
+The adapter is added inside the GEMM, the frozen weight gets no gradient, and of the forward only the input and
+x·Aᵀ are saved; PEFT's forward also keeps the dropped-out input and its mask, and goes over the output three times.
+
+Legend: T tokens, I in, O out, R rank.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from fastft.adapters.lora import PACKED, AdaptedLinear, read_linear, stand_in, why_not_alone
+from fastft.engine.state import ModuleState, compute_dtype, original_forward, state_of
+from fastft.engine.watch import Watch
+from fastft.kernels.lora_linear.reference import lora_linear, lora_linear_backward
+from fastft.models.quantized import is_packed_for_cpu, is_quantized
+
+
+class LoraLinear(torch.autograd.Function):
+    """`AdaptedLinear`'s y, differentiable in the input, A, B and both biases."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        linear: AdaptedLinear,
+        dtypes: tuple[torch.dtype, torch.dtype],
+        seed: int,
+        *trained: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The output (… × O) for `x` (… × I).
+
+        `dtypes` are the one to compute in and the output's.  `trained` are A, B, the base layer's bias and B's, which
+        come with `linear` as well; as arguments they are what autograd sees.
+        """
+        compute, output = dtypes
+        with _no_autocast(x.device.type):
+            x_TI = x.reshape(-1, x.shape[-1]).to(compute)
+            (y_TO,), low_TR = lora_linear(x_TI, (_with_one_bias(linear),), seed=seed)
+        _, _, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        if any(ctx.needs_input_grad):
+            ctx.linear, ctx.seed, ctx.compute = linear, seed, compute
+            ctx.shape, ctx.dtype = x.shape, x.dtype
+            kept = (x_TI, low_TR) if needs_a or needs_b else (None, None)
+            # A and B only so that autograd notices when they are changed between forward and backward.
+            ctx.save_for_backward(*kept, *trained[:2])
+        return y_TO.to(output).view(*x.shape[:-1], y_TO.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        """Gradients of what the forward was given and wants one."""
+        x_TI, low_TR, _, _ = ctx.saved_tensors
+        linear: AdaptedLinear = ctx.linear
+        needs_x, _, _, _, *needs = ctx.needs_input_grad
+        dy = grad_outputs[0]
+        dy_TO = dy.reshape(-1, dy.shape[-1]).to(ctx.compute)
+        with _no_autocast(dy.device.type):
+            made = lora_linear_backward((dy_TO,), x_TI, low_TR, (linear,), seed=ctx.seed, needs_dx=needs_x)
+            biases: list[torch.Tensor | None] = [None, None]
+            if any(needs[2:]):
+                sum_O = dy_TO.sum(0, dtype=torch.float32)
+                for index, (bias, factor) in enumerate([(linear.bias, 1.0), (linear.b_bias, linear.scaling)]):
+                    biases[index] = None if bias is None else (factor * sum_O).to(bias.dtype)
+        gradients = (made.da[0], made.db[0], *biases)
+        return (
+            made.dx_TI.view(ctx.shape).to(ctx.dtype) if made.dx_TI is not None else None,
+            None, None, None,
+            *(gradient if want else None for gradient, want in zip(gradients, needs, strict=True)),
+        )  # fmt: skip
+
+
+class Reading:
+    """What was read from a LoRA layer, for as long as nothing about the layer changes.  A copy of it starts empty."""
+
+    def __init__(self) -> None:
+        self._watch: Watch | None = None
+        self._read: tuple[str | None, AdaptedLinear | None] = None, None
+
+    def __reduce__(self) -> tuple[type["Reading"], tuple[()]]:
+        """Nothing of this is worth copying: it is read again from the copied layer."""
+        return Reading, ()
+
+    def of(self, module: nn.Module) -> tuple[str | None, AdaptedLinear | None]:
+        """Why `module` cannot be computed alone, or its tensors."""
+        if self._watch is None or not self._watch.unchanged():
+            reason = why_not_alone(module)
+            self._read = reason, read_linear(module) if reason is None else None
+            self._watch = Watch([module])
+        return self._read
+
+
+@dataclass
+class LinearState(ModuleState):
+    """What a patched LoRA layer knows."""
+
+    reading: Reading = field(default_factory=Reading)
+
+
+@stand_in
+def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A PEFT LoRA layer: `x` (… × I) to (… × O), in the dtype that PEFT would give it."""
+    state = state_of(self)
+    assert isinstance(state, LinearState)
+    gradients = torch.is_grad_enabled()
+    reason, linear = None, None
+    # In inference, quantized layers have kernels of their own for single tokens.
+    if self.training or gradients:
+        reason, linear = state.reading.of(self)
+        reason = reason or _why_not_now(linear, x, args, kwargs)
+    ledger = state.settings.ledger
+    if reason is not None and gradients:
+        ledger.stock(state.name, "linear", reason)
+    if reason is not None or linear is None or linear.a is None:
+        # Without an adapter there is nothing to gain.
+        stock: torch.Tensor = original_forward(self)(x, *args, **kwargs)
+        return stock
+    if gradients:
+        ledger.fused(state.name, "linear", state.settings.ops.name)
+    # Drawn from the CPU's generator, which gradient checkpointing puts back before it runs the forward again.
+    seed = int(torch.randint(2**62, ()).item()) if linear.dropout > 0 else 0
+    fused: torch.Tensor = LoraLinear.apply(
+        x, linear, _dtypes(linear, x), seed, linear.a, linear.b, linear.bias, linear.b_bias
+    )
+    return fused
+
+
+def _why_not_now(
+    linear: AdaptedLinear | None, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    if args or kwargs:
+        given = [name for name, value in kwargs.items() if value is not None]
+        if args or given:
+            return f"it was given {', '.join(given) or 'more than its input'}"
+    if linear is None:
+        return None
+    if is_quantized(linear.module):
+        return PACKED if is_packed_for_cpu(linear.module) else None
+    dtype = linear.module.weight.dtype
+    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"its weight is {dtype}, its input {x.dtype}"
+    return None
+
+
+def _dtypes(linear: AdaptedLinear, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """What to compute in, and the output's: those of the base layer, whose output PEFT adds the adapter's to."""
+    compute = compute_dtype(x)
+    if not is_quantized(linear.module):
+        return compute, compute
+    # bitsandbytes casts its input, and its output back.
+    if torch.is_autocast_enabled(x.device.type):
+        return compute, torch.promote_types(x.dtype, compute)
+    of_base = linear.module.compute_dtype
+    return of_base if isinstance(of_base, torch.dtype) else compute, x.dtype
+
+
+def _with_one_bias(linear: AdaptedLinear) -> AdaptedLinear:
+    if linear.b_bias is None:
+        return linear
+    bias_O = linear.scaling * linear.b_bias.float()
+    return linear._replace(bias=bias_O if linear.bias is None else bias_O + linear.bias)
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    # To enter autocast only to switch it off costs as much as two launches.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -1,0 +1,103 @@
+"""Intermediates that wait for their backward in host memory.
+
+Copies run on a stream of their own beside the layers' compute: what a layer saves leaves while the next one runs, and
+comes back while the backward of the one above it runs.  So the device holds what two layers save, however many there
+are.  On a CPU there is nowhere to go, and nothing moves.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from fastft.engine.layer import Saved
+
+_WORTH_MOVING = 2**20
+"""Bytes.  Statistics and random states stay: their copies would cost more launches than they free memory."""
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+class ParkedLayer:
+    """What one layer saved, on its way to the host, there, or on its way back.
+
+    All calls come on the stream that computes: the constructor when the layer's forward was launched; `leave` when
+    enough other work was launched to hide the copy; `fetch` as long before `take`.
+    """
+
+    def __init__(self, saved: Saved) -> None:
+        """Start copying; the tensors must not be changed any more."""
+        self._made = type(saved.made)
+        self._transfer = Transfer([*saved.made, *saved.attention])
+
+    def leave(self) -> None:
+        """Give the device's memory back to work that is launched from here on."""
+        self._transfer.leave()
+
+    def fetch(self) -> None:
+        """Start copying back."""
+        self._transfer.fetch()
+
+    def take(self) -> Saved:
+        """What the layer saved, on the device."""
+        tensors = self._transfer.take()
+        fields = len(self._made._fields)
+        return Saved(self._made(*tensors[:fields]), tuple(tensors[fields:]))  # type: ignore[arg-type]
+
+
+class Transfer:
+    """Some tensors that go to the host and come back; see `ParkedLayer` for the order of calls."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor | None]) -> None:
+        self._here: list[torch.Tensor | None] = list(tensors)
+        self._host: dict[int, torch.Tensor] = {}
+        self._left = False
+        large = [i for i, t in enumerate(tensors) if t is not None and t.is_cuda and t.nbytes >= _WORTH_MOVING]
+        if not large:
+            return
+        device = tensors[large[0]].device  # type: ignore[union-attr]
+        self._stream, self._device = _stream_of(device), device
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            for i in large:
+                t = tensors[i]
+                assert t is not None
+                # PyTorch keeps pinned memory for later: only the first step waits for the operating system.
+                self._host[i] = torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+            self._copied = self._stream.record_event()
+
+    def leave(self) -> None:
+        """Drop the device's tensors; the computing stream waits for the copies before it goes on."""
+        if self._host and not self._left:
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
+            for i in self._host:
+                self._here[i] = None
+            self._left = True
+
+    def fetch(self) -> None:
+        """Start copying back, if the tensors left."""
+        if not self._left:
+            return
+        for i, host in self._host.items():
+            # On the computing stream, whose earlier work may still use this memory: so the copies wait for it.
+            self._here[i] = torch.empty(host.shape, dtype=host.dtype, device=self._device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for i, host in self._host.items():
+                here = self._here[i]
+                assert here is not None
+                here.copy_(host, non_blocking=True)
+            self._copied = self._stream.record_event()
+        self._left = False
+
+    def take(self) -> list[torch.Tensor | None]:
+        """The tensors on the device."""
+        self.fetch()
+        if self._host:
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
+        return list(self._here)
+
+
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]

@@ -1,0 +1,199 @@
+"""What the engine remembers of a model between forwards, and how its layers gather into runs.
+
+Hugging Face's own loop calls the decoder layers one by one.  In training, a layer that can run fused only puts its
+call down and hands its input on; the next one that cannot, or the final norm, makes all calls that were put down run at
+once.  So the loop stays Hugging Face's, and the layers are one autograd function.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastft.backends import Backend
+from fastft.engine import optimizer_step
+from fastft.engine.bank import AdapterBank
+from fastft.engine.graphs import GraphMode, Graphs
+from fastft.engine.parts import LayerCall, LayerParts, StepContext, read_parts
+from fastft.engine.runs import Run
+from fastft.engine.stack import run_layers
+from fastft.engine.support import why_no_layer
+from fastft.engine.watch import Watch
+from fastft.models.spec import LayerSpec
+from fastft.plan import Policy
+
+
+class _PutDown(NamedTuple):
+    """A call that waits to be run."""
+
+    layer: int
+    context: StepContext
+    policy: Policy
+    seed: int
+
+
+class Segment:
+    """Neighbouring layers that can all run fused, with their adapters in one bank where that is possible."""
+
+    def __init__(self, indices: Sequence[int], parts: Sequence[LayerParts]) -> None:
+        self.indices, self.parts = list(indices), list(parts)
+        self._bank: AdapterBank | None = None
+        self._graphs: Graphs | None = None
+        self._work: list[LayerParts] = []
+        self._work_dtype: torch.dtype | None = None
+
+    def graphs(self, mode: GraphMode, device: torch.device) -> Graphs | None:
+        """The recordings of these layers, if `mode` and the device allow any."""
+        if mode == "off" or device.type != "cuda":
+            return None
+        if self._graphs is None:
+            self._graphs = Graphs(self.parts, always=mode == "on")
+        return self._graphs
+
+    def prepare(self, dtype: torch.dtype) -> tuple[list[LayerParts], AdapterBank | None]:
+        """The layers' parts for a forward in `dtype`, and the bank whose working copy they read."""
+        if self._bank is None or not self._bank.holds():
+            if not AdapterBank.fits(self.parts):
+                return self.parts, None
+            self._bank, self._work_dtype = AdapterBank(self.parts), None
+            optimizer_step.install()
+        if self._work_dtype != dtype:
+            self._work, self._work_dtype = self._bank.work_layers(self.parts, dtype), dtype
+        return self._work, self._bank
+
+
+class Runtime:
+    """The state of one patched model between and during forwards.  A copy of the model starts with an empty one."""
+
+    def __init__(self) -> None:
+        self._watch: Watch | None = None
+        self._parts: list[LayerParts | None] = []
+        self._reasons: list[str | None] = []
+        self._segments: list[Segment] = []
+        self._gathering = False
+        self._put_down: list[_PutDown] = []
+        self._contexts: list[tuple[tuple[Any, ...], StepContext]] = []
+        self._ops: Backend | None = None
+        self._graph_mode: GraphMode = "auto"
+        self._stand_in: torch.Tensor | None = None
+        self._documents: tuple[torch.Tensor, int] | None = None
+
+    def __reduce__(self) -> tuple[type["Runtime"], tuple[()]]:
+        """Nothing of this is worth copying: it is read again from the copied modules."""
+        return Runtime, ()
+
+    def begin(
+        self,
+        layers: Sequence[nn.Module],
+        norm: nn.Module,
+        spec: LayerSpec,
+        ops: Backend,
+        *,
+        gather: bool,
+        graphs: GraphMode = "off",
+    ) -> None:
+        """Start a training forward: look at the layers again if anything about them changed.
+
+        With `gather`, layers may put their calls down; `norm`, the module after the last one, must then `flush`.
+        """
+        if self._watch is None or not self._watch.unchanged():
+            # Hooks on the norm would see what waits; its own `forward` is the engine's where `gather` is given.
+            self._watch = Watch([*layers, norm])
+            self._reasons = [why_no_layer(layer, spec) for layer in layers]
+            self._parts = [
+                read_parts(layer, spec) if reason is None else None
+                for layer, reason in zip(layers, self._reasons, strict=True)
+            ]
+            self._segments = _segments(self._parts)
+        self._gathering = gather and not self._watch.has_hooks
+        self._put_down, self._contexts, self._ops, self._graph_mode = [], [], ops, graphs
+        self._stand_in, self._documents = None, None
+
+    def end(self) -> None:
+        """The forward is over, or failed."""
+        self._gathering, self._put_down, self._contexts, self._ops = False, [], [], None
+        self._stand_in, self._documents = None, None
+
+    def shared_context(self, told: tuple[Any, ...]) -> StepContext | None:
+        """The context made earlier in this forward for a layer that was told the same, object by object."""
+        for earlier, context in self._contexts:
+            if len(earlier) == len(told) and all(a is b or _equal(a, b) for a, b in zip(earlier, told, strict=True)):
+                return context
+        return None
+
+    def share_context(self, told: tuple[Any, ...], context: StepContext) -> None:
+        """Keep a context for the layers to come; only within a forward of the whole model."""
+        if self.begun:
+            self._contexts.append((told, context))
+
+    @property
+    def begun(self) -> bool:
+        """Whether a training forward is under way."""
+        return self._ops is not None
+
+    def layer(self, index: int) -> tuple[LayerParts | None, str | None]:
+        """The parts of a layer, or why it cannot run fused."""
+        return self._parts[index], self._reasons[index]
+
+    @property
+    def all_fused(self) -> bool:
+        """Whether every layer could run fused when it was last looked at."""
+        return all(parts is not None for parts in self._parts)
+
+    def has_window_below(self, tokens: int) -> bool:
+        """Whether some layer's queries see less than `tokens` tokens."""
+        windows = [parts.window for parts in self._parts if parts is not None]
+        return any(window is not None and window < tokens for window in windows)
+
+    def stand_in(self, mask: torch.Tensor, documents: tuple[torch.Tensor, int] | None) -> None:
+        """In this forward `mask` means no mask but causal attention within `documents` (all rows, where None)."""
+        self._stand_in, self._documents = mask, documents
+
+    def behind(self, mask: torch.Tensor | None) -> tuple[torch.Tensor | None, int] | None:
+        """What the stand-in stands for: where documents start, and the longest; None for any other mask."""
+        if mask is None or mask is not self._stand_in:
+            return None
+        return self._documents or (None, 0)
+
+    def put_down(self, index: int, context: StepContext, policy: Policy, seed: int) -> bool:
+        """Let a layer's call wait for the others; False where it has to run by itself."""
+        if not self._gathering:
+            return False
+        self._put_down.append(_PutDown(index, context, policy, seed))
+        return True
+
+    def flush(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """Run what waits, on the input that the waiting layers handed on."""
+        if not self._put_down:
+            return x_BSD
+        assert self._ops is not None
+        waiting, self._put_down = self._put_down, []
+        indices = [call.layer for call in waiting]
+        segment = next((segment for segment in self._segments if segment.indices == indices), None)
+        if segment is not None:
+            parts, bank = segment.prepare(x_BSD.dtype)
+        else:
+            parts, bank = [each for index in indices if (each := self._parts[index]) is not None], None
+        calls = tuple(
+            LayerCall(ops=self._ops, parts=of_layer, context=call.context, policy=call.policy, seed=call.seed)
+            for of_layer, call in zip(parts, waiting, strict=True)
+        )
+        graphs = segment.graphs(self._graph_mode, x_BSD.device) if segment is not None else None
+        return run_layers(x_BSD, Run(calls, bank, graphs))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and bool(a == b)
+
+
+def _segments(parts: Sequence[LayerParts | None]) -> list[Segment]:
+    segments: list[Segment] = []
+    run: list[int] = []
+    for index, of_layer in enumerate([*parts, None]):
+        if of_layer is not None:
+            run.append(index)
+        elif run:
+            segments.append(Segment(run, [each for i in run if (each := parts[i]) is not None]))
+            run = []
+    return segments

@@ -1,1 +1,0 @@
-"""RMSNorm, alone and after a residual addition, with its input gradient."""

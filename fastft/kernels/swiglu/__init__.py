@@ -1,1 +1,0 @@
-"""SwiGLU, `silu(gate) · up`, with its gradients."""

@@ -1,0 +1,223 @@
+"""One buffer for all adapters: storage, gradients, and the optimizer's update, against parameters on their own."""
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastft import patch_model, unpatch_model
+from fastft.engine import optimizer_step
+from fastft.engine.bank import ALIGNMENT, bank_of
+
+bnb = pytest.importorskip("bitsandbytes")
+
+
+def adapters_of(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def on_device(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@pytest.fixture
+def patched(toy, batch_of):
+    """A model whose first training forward has put its adapters into a bank."""
+    model = toy("toy-qwen2")
+    before = {name: p.detach().clone() for name, p in adapters_of(model).items()}
+    parameters = adapters_of(model)
+    patch_model(model, backend="eager")
+    model(**on_device(model, batch_of("none"))).loss.backward()
+    return model, before, parameters
+
+
+def test_parameters_keep_identity_and_values_and_share_one_storage(patched):
+    model, before, parameters = patched
+    after = adapters_of(model)
+    assert all(after[name] is parameters[name] for name in parameters)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert len({p.untyped_storage().data_ptr() for p in after.values()}) == 1
+    bank = bank_of(next(iter(after.values())))
+    assert bank is not None
+    assert bank.holds()
+    assert all(offset % ALIGNMENT == 0 for offset in bank.offsets)
+    assert len({p.grad.untyped_storage().data_ptr() for p in after.values()}) == 1
+
+
+def test_accumulated_gradients_stay_in_one_buffer_and_equal_stock(toy, batch_of, step, error_of):
+    model = toy()
+    batch = batch_of("right")
+    _, stock = step(model, batch, 1)
+    patch_model(model, backend="eager")
+    _, fused = step(model, batch, 1)
+    assert error_of(fused, stock) < 1e-5
+    assert len({p.grad.untyped_storage().data_ptr() for p in adapters_of(model).values()}) == 1
+
+
+def test_what_is_saved_loads_in_stock_peft(patched, toy, tmp_path, batch_of):
+    model, _, _ = patched
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    elements = sum(p.numel() for p in adapters_of(model).values())
+    assert size < 4 * elements + 20_000, "each matrix once, not the buffer with each"
+    stock = peft.PeftModel.from_pretrained(toy("toy-qwen2").unload(), tmp_path).train()
+    batch = on_device(model, batch_of("none"))
+    torch.testing.assert_close(stock(**batch).loss, model(**batch).loss, rtol=1e-5, atol=1e-6)
+    save_file({name: p.detach() for name, p in adapters_of(model).items()}, tmp_path / "plain.safetensors")
+    assert load_file(tmp_path / "plain.safetensors").keys() == adapters_of(model).keys()
+
+
+def test_parameters_that_moved_are_gathered_again(patched, batch_of):
+    model, _, _ = patched
+    parameter = next(iter(adapters_of(model).values()))
+    first = bank_of(parameter)
+    for p in adapters_of(model).values():
+        p.data = p.data.clone()
+    assert not first.holds()
+    model.zero_grad()
+    model(**on_device(model, batch_of("none"))).loss.backward()
+    assert bank_of(parameter) is not first
+    assert bank_of(parameter).holds()
+
+
+def test_a_change_between_forward_and_backward_is_noticed(patched, batch_of):
+    model, _, _ = patched
+    loss = model(**on_device(model, batch_of("none"))).loss
+    with torch.no_grad():
+        next(iter(adapters_of(model).values())).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_second_backward_needs_a_retained_graph(patched, batch_of):
+    model, _, _ = patched
+    model.zero_grad()
+    loss = model(**on_device(model, batch_of("none"))).loss
+    loss.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in adapters_of(model).items()}
+    loss.backward()
+    for name, p in adapters_of(model).items():
+        torch.testing.assert_close(p.grad, 2 * once[name])
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_a_copy_of_the_model_has_a_bank_of_its_own(patched, batch_of, step, error_of):
+    model, _, _ = patched
+    twin = copy.deepcopy(model)
+    batch = batch_of("none")
+    _, gradients = step(model, batch)
+    _, of_twin = step(twin, batch)
+    assert error_of(of_twin, gradients) < 1e-6
+    banks = [bank_of(next(iter(adapters_of(m).values()))) for m in (model, twin)]
+    assert banks[0] is not banks[1]
+    with torch.no_grad():
+        next(iter(adapters_of(twin).values())).zero_()
+    assert next(iter(adapters_of(model).values())).abs().sum() > 0
+
+
+def train(model: Any, optimizer: Any, batches: list[dict[str, Tensor]]) -> None:
+    for batch in batches:
+        model(**on_device(model, batch)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(adapters_of(model).values()), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def assert_same(one: Any, other: Any) -> None:
+    if isinstance(other, dict):
+        assert one.keys() == other.keys()
+        for key in other:
+            assert_same(one[key], other[key])
+    else:
+        assert torch.equal(one, other) if isinstance(other, Tensor) else one == other
+
+
+def counted(function: Any, count: list[str]) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        count.append(function.__name__)
+        return function(*args, **kwargs)
+
+    return call
+
+
+OPTIMIZERS = {
+    "8 bit": lambda p: bnb.optim.AdamW8bit(p, lr=1e-2, weight_decay=0.1, min_8bit_size=300),
+    "32 bit": lambda p: bnb.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_one_update_for_all_equals_one_each(kind, toy, batch_of, monkeypatch):
+    """Small matrices keep 32-bit states, so several spans alternate; the sizes are no multiples of a block."""
+    batches = [batch_of("none", seed=seed) for seed in range(4)]
+    trained = []
+    launches = []
+    for flat in (True, False):
+        model = toy("toy-qwen2", r=5)
+        patch_model(model, backend="eager")
+        optimizer = OPTIMIZERS[kind](list(adapters_of(model).values()))
+        with monkeypatch.context() as patch:
+            if not flat:
+                patch.setattr(optimizer_step, "_is_plain_adam", lambda _: False)
+            count: list[str] = []
+            for name in ("optimizer_update_8bit_blockwise", "optimizer_update_32bit"):
+                original = getattr(bnb.functional, name)
+                patch.setattr(bnb.functional, name, counted(original, count))
+            train(model, optimizer, batches)
+        launches.append(len(count))
+        trained.append((adapters_of(model), optimizer.state_dict()))
+    (flat_parameters, flat_state), (parameters, state) = trained
+    assert launches[1] == 4 * len(parameters)
+    assert launches[0] < launches[1] / 2
+    for name in parameters:
+        assert torch.equal(flat_parameters[name], parameters[name]), name
+    assert state["state"].keys() == flat_state["state"].keys()
+    assert_same(flat_state["state"], state["state"])
+
+
+def test_a_loaded_state_goes_on_as_it_would_have(toy, batch_of):
+    batches = [batch_of("none", seed=seed) for seed in range(4)]
+    model = toy("toy-qwen2")
+    patch_model(model, backend="eager")
+    optimizer = OPTIMIZERS["8 bit"](list(adapters_of(model).values()))
+    train(model, optimizer, batches[:2])
+    twin = copy.deepcopy(model)
+    twin_optimizer = OPTIMIZERS["8 bit"](list(adapters_of(twin).values()))
+    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, batches[2:])
+    train(twin, twin_optimizer, batches[2:])
+    for name, p in adapters_of(model).items():
+        assert torch.equal(p, adapters_of(twin)[name]), name
+
+
+def test_gradients_are_back_after_the_step(patched):
+    model, _, _ = patched
+    optimizer = OPTIMIZERS["8 bit"](list(adapters_of(model).values()))
+    before = {name: p.grad for name, p in adapters_of(model).items()}
+    optimizer.step()
+    assert all(p.grad is before[name] for name, p in adapters_of(model).items())
+
+
+def test_an_optimizer_over_a_part_of_the_bank_updates_one_by_one(patched, monkeypatch):
+    model, before, _ = patched
+    some = dict(list(adapters_of(model).items())[:3])
+    optimizer = OPTIMIZERS["8 bit"](list(some.values()))
+    optimizer.step()
+    for name, p in adapters_of(model).items():
+        assert torch.equal(p, before[name]) == (name not in some), name
+
+
+def test_an_unpatched_model_trains_on(patched, batch_of):
+    model, _, _ = patched
+    optimizer = OPTIMIZERS["8 bit"](list(adapters_of(model).values()))
+    train(model, optimizer, [batch_of("none")])
+    unpatch_model(model)
+    before = {name: p.detach().clone() for name, p in adapters_of(model).items()}
+    train(model, optimizer, [batch_of("none")])
+    assert all(not torch.equal(p, before[name]) for name, p in adapters_of(model).items())

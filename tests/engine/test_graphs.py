@@ -1,0 +1,240 @@
+"""Recorded runs: what goes in, what comes out, and when nothing may be recorded.
+
+On a CPU a recorder stands in that runs the recorded function again and copies its results over the earlier ones, as a
+graph does.  So everything is tested but CUDA's own capture, which the tests marked gpu run.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastft import patch_model
+from fastft.engine import graphs
+from fastft.engine.graphs import WARM_RUNS, Graphs
+from fastft.engine.runtime import Segment
+
+
+def copy_into(old: Any, new: Any) -> None:
+    if isinstance(old, tuple):
+        for each, other in zip(old, new, strict=True):
+            copy_into(each, other)
+    elif isinstance(old, Tensor):
+        old.copy_(new)
+    else:
+        assert old is new is None
+
+
+class Again:
+    """Records by running once, replays by running again."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.replayed = 0
+
+    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        self.recorded += 1
+        with torch.no_grad():
+            result = function()
+
+        def replay() -> None:
+            self.replayed += 1
+            with torch.no_grad():
+                copy_into(result, function())
+
+        return result, replay
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Again:
+    """Records runs of any size, on a CPU too; CUDA's own capture is for the tests marked gpu."""
+    stand_in = Again()
+
+    def always(self: Segment, mode: str, device: torch.device) -> Graphs | None:
+        if mode == "off":
+            return None
+        if self._graphs is None:
+            self._graphs = Graphs(self.parts, stand_in, always=mode == "on")
+        return self._graphs
+
+    monkeypatch.setattr(Segment, "graphs", always)
+    return stand_in
+
+
+def gradients_of(model: Any) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def on_device(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def warm_up(model: Any, batch: dict[str, Tensor]) -> None:
+    for _ in range(WARM_RUNS):
+        model(**on_device(model, batch)).loss.backward()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("placement", ["keep", "light", "mlp", "full"])
+def test_replays_train_as_stock_does(placement, recorder, toy, batch_of, step, error_of):
+    """Five steps on new data, each with an update between."""
+    runs: list[list[float]] = []
+    final = []
+    for patched in (False, True):
+        model = toy("toy-qwen2")
+        if patched:
+            patch_model(model, backend="eager", placement=placement, graphs="on")
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        losses = []
+        for seed in range(5):
+            loss, gradients = step(model, batch_of("none", seed=seed))
+            losses.append(loss)
+            optimizer.step()
+        runs.append(losses)
+        final.append(gradients)
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+    assert error_of(final[1], final[0]) < 5e-5
+    assert recorder.recorded == 2
+    assert recorder.replayed == 2 * (5 - WARM_RUNS)
+
+
+def test_micro_batches_accumulate(recorder, toy, batch_of, step, error_of):
+    model = toy()
+    batch = batch_of("none")
+    _, stock = step(model, batch, 1)
+    patch_model(model, backend="eager", graphs="on")
+    warm_up(model, {name: tensor[:1] for name, tensor in batch.items()})
+    _, fused = step(model, batch, 1)
+    assert error_of(fused, stock) < 1e-5
+    assert recorder.replayed == 2 * 4
+
+
+def test_a_forward_that_waits_for_its_backward_keeps_its_recording(recorder, toy, batch_of, error_of):
+    """Two losses before the first backward, as in preference training."""
+    model = toy()
+    batches = [on_device(model, batch_of("none", seed=seed)) for seed in (0, 1)]
+    losses = [model(**batch, use_cache=False).loss for batch in batches]
+    (losses[0] - 0.5 * losses[1]).backward()
+    stock = gradients_of(model)
+    patch_model(model, backend="eager", graphs="on")
+    warm_up(model, batches[0])
+    losses = [model(**batch).loss for batch in batches]
+    assert recorder.replayed == 1, "the second forward runs without"
+    (losses[0] - 0.5 * losses[1]).backward()
+    assert error_of(gradients_of(model), stock) < 1e-5
+
+
+def test_a_forward_whose_loss_is_dropped_frees_its_recording(recorder, toy, batch_of):
+    model = toy()
+    patch_model(model, backend="eager", graphs="on")
+    batch = on_device(model, batch_of("none"))
+    warm_up(model, batch)
+    loss = model(**batch).loss
+    del loss
+    model(**batch).loss.backward()
+    assert recorder.replayed == 3
+
+
+def test_a_second_backward_is_refused(recorder, toy, batch_of):
+    model = toy()
+    patch_model(model, backend="eager", graphs="on")
+    batch = on_device(model, batch_of("none"))
+    warm_up(model, batch)
+    loss = model(**batch).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a CUDA graph runs once"):
+        loss.backward()
+
+
+def test_weights_that_moved_are_recorded_again(recorder, toy, batch_of, step, error_of):
+    model = toy()
+    batch = batch_of("none")
+    patch_model(model, backend="eager", graphs="on")
+    warm_up(model, batch)
+    _, before = step(model, batch)
+    assert recorder.recorded == 2
+    weight = model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight
+    weight.data = weight.data.clone()
+    _, after = step(model, batch)
+    assert recorder.recorded == 2
+    assert error_of(after, before) < 1e-6
+    warm_up(model, batch)
+    step(model, batch)
+    assert recorder.recorded == 4
+
+
+def test_a_changed_adapter_is_read_again(recorder, toy, batch_of, step, error_of, shake):
+    model = toy()
+    batch = batch_of("none")
+    patch_model(model, backend="eager", graphs="on")
+    warm_up(model, batch)
+    step(model, batch)
+    shake(model, 9)
+    _, replayed = step(model, batch)
+    patch_model(model, backend="eager", graphs="off")
+    _, plain = step(model, batch)
+    assert error_of(replayed, plain) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("form", "lora"), [("right", {}), ("left", {}), ("none", {"lora_dropout": 0.5})], ids=["padding", "mask", "dropout"]
+)
+def test_what_changes_from_batch_to_batch_is_not_recorded(form, lora, recorder, toy, batch_of):
+    model = toy(**lora)
+    patch_model(model, backend="eager", graphs="on")
+    for _ in range(WARM_RUNS + 2):
+        model(**on_device(model, batch_of(form))).loss.backward()
+    assert recorder.recorded == 0
+
+
+def test_auto_records_small_runs_only(recorder, toy, batch_of, monkeypatch):
+    model = toy()
+    patch_model(model, backend="eager")
+    batch = batch_of("none")
+    monkeypatch.setattr(graphs, "LAYER_FLOPS", 1.0)
+    warm_up(model, batch)
+    model(**on_device(model, batch)).loss.backward()
+    assert recorder.recorded == 0
+    monkeypatch.undo()
+
+
+def test_rare_shapes_run_without(recorder, toy, batch_of, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_RECORDINGS", 2)
+    model = toy()
+    patch_model(model, backend="eager", graphs="on")
+    for tokens in (8, 9, 10):
+        for _ in range(WARM_RUNS + 1):
+            model(**on_device(model, batch_of("none", S=tokens))).loss.backward()
+    assert recorder.recorded == 2 * 2
+
+
+def test_what_cannot_be_recorded_runs_on_aloud(recorder, toy, batch_of, monkeypatch, caplog):
+    def refuse(function: Callable[[], Any]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(recorder, "record", refuse)
+    model = toy()
+    patch_model(model, backend="eager", graphs="on")
+    for _ in range(WARM_RUNS + 3):
+        model(**on_device(model, batch_of("none"))).loss.backward()
+    assert caplog.text.count("run without CUDA graphs: operation not permitted when stream is capturing") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("placement", ["light", "full"])
+def test_captured_steps_train_as_plain_ones_do(backend, placement, toy, batch_of, step, error_of):
+    runs: list[Any] = []
+    for mode in ("off", "on"):
+        model = toy("toy-qwen2", base={"dtype": torch.bfloat16})
+        patch_model(model, backend=backend, placement=placement, graphs=mode, attention="flash")
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        for seed in range(6):
+            loss, gradients = step(model, batch_of("none", B=2, S=64, seed=seed))
+            optimizer.step()
+        runs.append((loss, gradients))
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-2)
+    assert error_of(runs[1][1], runs[0][1]) < 2e-2

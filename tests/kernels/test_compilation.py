@@ -1,0 +1,93 @@
+"""Triton's interpreter takes what its compiler refuses, a variable that changes its type in a loop for one.  The
+compiler needs no GPU, so what the launchers launch is compiled for one here."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+# A number is a 32-bit argument; None and what is named in capitals are constants.
+HALF, WIDE, TARGETS, NUMBER, COUNT = "*bf16", "*fp32", "*i64", "fp32", "i32"
+Arguments = dict[str, Any]
+
+
+def norm(kind: str, residual: bool) -> list[tuple[str, Arguments]]:
+    more = HALF if residual else None
+    shared = {"x_ptr": HALF, "weight_ptr": HALF, "rstd_ptr": WIDE, "residual_ptr": more, "KIND": kind}
+    return [
+        ("norm._forward_kernel", {
+            **shared, "bias_ptr": HALF if kind == "layer" else None, "sum_ptr": more, "y_ptr": HALF, "eps": NUMBER,
+            "multiplier": NUMBER, "ROWS": 1, "BLOCK_D": 4096,
+        }),
+        ("norm._backward_kernel", {**shared, "dy_ptr": HALF, "dx_ptr": HALF, "ROWS": 8, "BLOCK_D": 128}),
+    ]  # fmt: skip
+
+
+def activation(kind: str, gated: bool) -> list[tuple[str, Arguments]]:
+    up = HALF if gated else None
+    shared = {"gate_ptr": HALF, "up_ptr": up, "act_ptr": HALF, "KIND": kind, "BLOCK_F": 2048}
+    return [
+        ("activation._forward_kernel", shared),
+        ("activation._backward_kernel", {**shared, "dact_ptr": HALF, "dgate_ptr": HALF, "dup_ptr": up}),
+    ]
+
+
+def cross_entropy(scale: bool, softcap: bool) -> list[tuple[str, Arguments]]:
+    return [
+        ("cross_entropy._cross_entropy_kernel", {
+            "logits_ptr": HALF, "targets_ptr": TARGETS, "scale_ptr": WIDE if scale else None, "loss_ptr": WIDE,
+            "multiplier": NUMBER, "softcap": NUMBER if softcap else None, "BLOCK_V": 8192,
+        })
+    ]  # fmt: skip
+
+
+def rope(inverse: bool) -> list[tuple[str, Arguments]]:
+    constants = {"INVERSE": inverse, "HALF": 48, "BLOCK_H": 16, "BLOCK_HALF": 64}
+    return [("rope._rotate_kernel", {"x_ptr": HALF, "cos_ptr": HALF, "sin_ptr": HALF, **constants})]
+
+
+LAUNCHES = [
+    *(launch for kind in ("rms", "rms_unit_offset", "layer") for more in (True, False) for launch in norm(kind, more)),
+    *(
+        launch
+        for kind in ("silu", "gelu", "gelu_tanh")
+        for gated in (True, False)
+        for launch in activation(kind, gated)
+    ),
+    *(launch for scale in (True, False) for softcap in (True, False) for launch in cross_entropy(scale, softcap)),
+    *(launch for inverse in (True, False) for launch in rope(inverse)),
+]
+
+SCRIPT = """
+import ast, sys
+from importlib import import_module
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+for name, arguments in ast.literal_eval(sys.stdin.read()):
+    operation, _, kernel = name.partition(".")
+    function = getattr(import_module(f"fastft.kernels.{operation}.triton"), kernel)
+    names = function.arg_names
+    assert set(arguments) <= set(names), (name, set(arguments) - set(names))
+    constant = {n: v for n, v in arguments.items() if v is None or n.isupper()}
+    signature = {n: "constexpr" if n in constant else arguments.get(n, "i32") for n in names}
+    source = ASTSource(function, signature, {(names.index(n),): v for n, v in constant.items()})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert made.asm["cubin"], name
+    print(name)
+"""
+
+
+def test_every_kernel_compiles_for_a_gpu(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT], input=repr(LAUNCHES), text=True, capture_output=True, timeout=280,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split() == [name for name, _ in LAUNCHES]
