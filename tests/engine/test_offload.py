@@ -1,0 +1,104 @@
+"""What layers save in host memory: the same gradients, and copies at the right moments."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastft import patch_model
+from fastft.engine import offload, runs
+
+TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32
+PLACEMENTS: list[Any] = ["offload", "offload_mlp", ["offload_mlp", "offload", "light"], ["light", "offload", "full"]]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+@pytest.mark.parametrize("form", ["none", "right"])
+def test_gradients_equal_stock(placement, form, toy, batch_of, step, error_of, monkeypatch):
+    monkeypatch.setattr(offload, "_WORTH_MOVING", 0)
+    model = toy("toy-qwen2")
+    batch = batch_of(form)
+    _, stock = step(model, batch)
+    patch_model(model, backend="eager", placement=placement, strict=True)
+    for rows in (4, 3):
+        _, fused = step(model, batch, rows)
+        assert error_of(fused, stock) < TOLERANCE
+
+
+def test_each_layer_leaves_after_the_next_and_is_fetched_before_the_one_above(toy, batch_of, monkeypatch):
+    """A copy is hidden only behind work that is launched between its start and the wait for it."""
+    order: list[str] = []
+
+    class Spy(offload.ParkedLayer):
+        count = 0
+
+        def __init__(self, saved: Any) -> None:
+            self.name = str(Spy.count)
+            Spy.count += 1
+            order.append(f"park {self.name}")
+            super().__init__(saved)
+
+        def leave(self) -> None:
+            order.append(f"leave {self.name}")
+            super().leave()
+
+        def fetch(self) -> None:
+            order.append(f"fetch {self.name}")
+            super().fetch()
+
+    forward, backward = runs.forward_layer, runs.backward_layer
+    monkeypatch.setattr(runs, "ParkedLayer", Spy)
+    monkeypatch.setattr(runs, "forward_layer", lambda *a: order.append("forward") or forward(*a))
+    monkeypatch.setattr(runs, "backward_layer", lambda *a, **k: order.append("backward") or backward(*a, **k))
+    model = toy()
+    patch_model(model, backend="eager", placement="offload")
+    device = next(model.parameters()).device
+    model(**{name: t.to(device) for name, t in batch_of("none").items()}).loss.backward()
+    assert order == [
+        "forward", "park 0", "forward", "leave 0", "park 1", "forward", "leave 1",
+        "fetch 1", "backward", "fetch 0", "backward", "backward",
+    ]  # fmt: skip
+
+
+def test_on_a_cpu_nothing_moves():
+    tensors = [torch.randn(3), None]
+    transfer = offload.Transfer(tensors)
+    transfer.leave()
+    transfer.fetch()
+    assert transfer.take()[0] is tensors[0]
+
+
+@pytest.mark.gpu
+def test_what_left_comes_back():
+    tensors = [torch.randn(1024, 1024, device="cuda"), torch.randn(3, device="cuda"), None]
+    expected = tensors[0].clone()
+    small = tensors[1]
+    transfer = offload.Transfer(tensors)
+    tensors.clear()
+    before = torch.cuda.memory_allocated()
+    transfer.leave()
+    assert torch.cuda.memory_allocated() == before - 2**22
+    garbage = torch.full((1024, 1024), 7.0, device="cuda")
+    transfer.fetch()
+    back = transfer.take()
+    assert torch.equal(back[0], expected)
+    assert back[1] is small
+    assert garbage.min() == 7
+
+
+@pytest.mark.gpu
+def test_the_device_holds_less_the_more_layers_there_are(toy_base, batch_of):
+    import peft
+
+    peaks = {}
+    for placement in ("full", "offload"):
+        base = toy_base("toy-llama", num_hidden_layers=12, hidden_size=512)
+        model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        patch_model(model.train(), backend="eager", placement=placement)
+        batch = {name: t.cuda() for name, t in batch_of("none", B=8, S=1024).items()}
+        model(**batch).loss.backward()
+        torch.cuda.reset_peak_memory_stats()
+        model(**batch).loss.backward()
+        peaks[placement] = torch.cuda.max_memory_allocated()
+        del model, base
+    assert peaks["full"] - peaks["offload"] > 8 * 8 * 1024 * 512 * 4
