@@ -15,8 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fastft.errors import ConfigError, unknown_choice
 from fastft.plan import Policy
 
-LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "": 1}
 
 
@@ -45,12 +43,15 @@ class LoraConfig(BaseModel):
     rank: int = Field(default=16, ge=1, le=1024)
     alpha: float = Field(default=16.0, gt=0)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    targets: tuple[str, ...] = LLAMA_LINEARS
+    targets: tuple[str, ...] | None = None
+    """Names of linear layers; None is every one of the decoder layers."""
     rslora: bool = False
 
     @field_validator("targets")
     @classmethod
-    def _some_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _some_targets(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is None:
+            return None
         if not value:
             raise ValueError("names no module: an adapter without targets trains nothing")
         return tuple(sorted(set(value), key=value.index))

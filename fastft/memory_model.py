@@ -75,7 +75,7 @@ def memory_terms(shape: ModelShape, choices: Choices, config: RunConfig, device:
     weight_bytes = _WEIGHT_BYTES.get(config.quantization, float(a))
     # bitsandbytes quantizes the decoder layers' linears; embeddings, head, norms and biases keep the dtype.
     base = linear_weights * weight_bytes + (shape.parameters - linear_weights) * a
-    trainable = shape.lora_parameters(config.lora.rank, config.lora.targets)
+    trainable = shape.lora_parameters(config.lora.rank, config.lora.targets or shape.spec.targets)
     adapters = trainable * (2 * _ADAPTER_BYTES + _OPTIMIZER_BYTES[config.optimizer])
     runtime = _CPU_RUNTIME_BYTES if device is not None and device.kind == "cpu" else 0
     dequantized = max(i * o for i, o in shape.linear_sizes.values()) * a if config.quantization != "none" else 0

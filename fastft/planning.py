@@ -100,7 +100,7 @@ def plan_key(config: RunConfig, shape: ModelShape, device: Device) -> PlanKey:
         kernels_sha256=kernels_sha256(),
         model_shape=shape.sizes(),
         lora_rank=config.lora.rank,
-        lora_targets=sorted(config.lora.targets),
+        lora_targets=sorted(config.lora.targets or shape.spec.targets),
         lora_dropout=config.lora.dropout,
         quantization=config.quantization,
         dtype=resolve_dtype(config.dtype, device),

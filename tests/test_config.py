@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastft.config import LLAMA_LINEARS, RunConfig, parse_bytes
+from fastft.config import RunConfig, parse_bytes
 from fastft.errors import ConfigError
 
 
@@ -17,7 +17,7 @@ def write(folder: Path, text: str) -> Path:
 def test_the_defaults_are_valid():
     config = RunConfig.load()
     assert config == RunConfig()
-    assert config.lora.targets == LLAMA_LINEARS
+    assert config.lora.targets is None
     assert not config.trust_remote_code
     assert config.offline
 

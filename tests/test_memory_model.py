@@ -52,7 +52,7 @@ def test_light_saves_what_the_engine_saves() -> None:
 
 def test_the_model_part_counts_weights_adapters_and_optimizer() -> None:
     config = RunConfig()
-    trainable = SHAPE.lora_parameters(16, config.lora.targets)
+    trainable = SHAPE.lora_parameters(16, SHAPE.spec.targets)
     terms = memory_terms(SHAPE, choices(["light"]), config, GPU)
     assert terms.model == 2 * SHAPE.parameters + trainable * (4 + 4 + 8)
     small = memory_terms(SHAPE, choices(["light"]), RunConfig(optimizer="adamw_8bit"), GPU)
@@ -63,7 +63,7 @@ def test_a_quantized_8b_has_the_published_size() -> None:
     """Llama-3-8B in NF4 with double quantization: 5.3 GiB with bf16 embedding and head."""
     shape = SHAPES["llama-3-8b"]
     config = RunConfig(quantization="nf4", optimizer="adamw_8bit")
-    adapters = shape.lora_parameters(16, config.lora.targets) * 10
+    adapters = shape.lora_parameters(16, shape.spec.targets) * 10
     assert (memory_terms(shape, choices(["light"]), config, GPU).model - adapters) / GIB == pytest.approx(5.3, abs=0.1)
 
 

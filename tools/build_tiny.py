@@ -31,13 +31,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastft.config import LLAMA_LINEARS
 from fastft.data.arithmetic import generate
 from fastft.data.collation import collate
 from fastft.data.corpus import documents
 from fastft.data.encoding import encode
 from fastft.data.sources import embedded_conversations
 from fastft.files import write_atomically
+from fastft.models.spec import SPECS
 from fastft.training.accuracy import evaluate_exact_match
 
 VOCABULARY = 2048
@@ -224,7 +224,7 @@ def check(folder: Path, recipe: FineTuning, seed: int) -> Check:
     test = generate("test", recipe.test_rows)
     before = evaluate_exact_match(model, tokenizer, test)
     lora = peft.LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.alpha, target_modules=list(LLAMA_LINEARS), task_type="CAUSAL_LM"
+        r=recipe.rank, lora_alpha=recipe.alpha, target_modules=list(SPECS["llama"].targets), task_type="CAUSAL_LM"
     )
     model = peft.get_peft_model(model, lora)
     conversations = embedded_conversations("train", recipe.steps * recipe.batch_size, seed)

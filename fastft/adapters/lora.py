@@ -21,6 +21,8 @@ _CAPTURING = "transformers.utils.output_capturing"
 
 PACKED = "bitsandbytes packed its weight for inference on the CPU"
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
+_LIKE_LINEAR = ("FalconLinear",)
+"""Classes that compute what `nn.Linear` does, in other words; by name, so that no model is imported for it."""
 _STAND_INS: set[Callable[..., Any]] = set()
 
 
@@ -96,7 +98,7 @@ def why_not_alone(module: nn.Module) -> str | None:
                 return f"its {what}: {reason}"
     elif module.__class__.__module__.startswith("peft."):
         return f"{module.__class__.__name__} is not LoRA"
-    if not (type(base) in (nn.Linear, Conv1D) or is_quantized(base)):
+    if not (type(base) in (nn.Linear, Conv1D) or type(base).__name__ in _LIKE_LINEAR or is_quantized(base)):
         return f"{type(base).__name__} is not a linear layer that the engine knows"
     if base is not module and base is not module.base_layer:
         return "two adapter layers are nested"

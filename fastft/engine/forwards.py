@@ -40,8 +40,9 @@ def layer_forward(
     use_cache: bool | None = False,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     **kwargs: Any,
-) -> torch.Tensor:
-    """A decoder layer: `hidden_states` (B × S × D) to the same, or unchanged where its call was put down for later."""
+) -> Any:
+    """A decoder layer: `hidden_states` (B × S × D) to the same, or unchanged where its call was put down for later; in
+    a tuple where the family's layers return one."""
     rows_R = kwargs.pop(_ROWS, None)
     state = state_of(self)
     settings = state.settings
@@ -67,8 +68,10 @@ def layer_forward(
         seed = int(torch.randint(2**62, ()).item()) if parts.has_dropout else 0
         settings.ledger.fused(state.name, "decoder_layer", settings.ops.name)
         if runtime.put_down(state.index, context, policy, seed):
-            return hidden_states
-        return run_layers(hidden_states, Run((LayerCall(settings.ops, parts, context, policy, seed),)))
+            y_BSD = hidden_states
+        else:
+            y_BSD = run_layers(hidden_states, Run((LayerCall(settings.ops, parts, context, policy, seed),)))
+        return (y_BSD, None) if settings.spec.returns_tuple else y_BSD
     assert reason is not None
     hidden_states = runtime.flush(hidden_states)
     of_layer = runtime.layer(state.index)[0] if documents is not None else None
@@ -128,8 +131,7 @@ def backbone_forward(
                 if only_padding:
                     attention_mask = None
         settings.runtime.begin(
-            self.layers,  # type: ignore[arg-type]
-            self.norm,  # type: ignore[arg-type]
+            *_layers_and_norm(self),
             settings.spec,
             settings.ops,
             gather=_may_gather(self, kwargs),
@@ -176,16 +178,17 @@ def without_padding(
 def _stand_in_for_a_mask(
     backbone: nn.Module, runtime: Runtime, inputs: torch.Tensor, position_ids: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """What to pass so that Hugging Face builds no (B × 1 × S × S) mask for packed documents or a sliding window.
+    """What to pass so that Hugging Face builds no (B × 1 × S × S) mask, for packed documents or a sliding window, say.
 
-    None where it would build none, or a layer may need one.
+    None where a layer, or somebody who looks, may need a real one.
     """
-    if not runtime.all_fused or any(state_of(layer).replaced for layer in backbone.layers):  # type: ignore[union-attr]
+    if not (runtime.gathers and runtime.all_fused) or any(
+        state_of(layer).replaced for layer in _layers_and_norm(backbone)[0]
+    ):
         return None
     B, S = inputs.shape[:2]
-    documents = None if position_ids is None else documents_of(position_ids.expand(B, -1))
-    if documents is None and not runtime.has_window_below(S):
-        return None
+    tells_documents = position_ids is not None and state_of(backbone).settings.spec.separates_documents
+    documents = None if position_ids is None or not tells_documents else documents_of(position_ids.expand(B, -1))
     # As large as a mask without its memory.  Only `layer_forward` ever gets it, and knows it.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device).expand(B, 1, S, S)
     runtime.stand_in(mask, documents)
@@ -195,13 +198,19 @@ def _stand_in_for_a_mask(
 def _may_gather(backbone: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether nobody looks at what goes from one layer to the next, so that calls may be put down."""
     asked = ("output_hidden_states", "output_attentions")
+    layers, norm = _layers_and_norm(backbone)
     return (
         not any(kwargs.get(name) or getattr(backbone.config, name, False) for name in asked)
-        and _runs(backbone.norm, norm_forward)
-        and all(_runs(layer, layer_forward) for layer in backbone.layers)  # type: ignore[union-attr]
+        and _runs(norm, norm_forward)
+        and all(_runs(layer, layer_forward) for layer in layers)
         and not (_global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks)
         and not getattr(backbone, "_is_replica", False)
     )
+
+
+def _layers_and_norm(backbone: nn.Module) -> tuple[Any, Any]:
+    spec = state_of(backbone).settings.spec
+    return attrgetter(spec.layers, spec.final_norm)(backbone)
 
 
 def _runs(module: Any, forward: Callable[..., Any]) -> bool:
@@ -218,7 +227,7 @@ def _why_not_now(
     position_embeddings: Any,
     kwargs: dict[str, Any],
 ) -> str | None:
-    if past_key_values is not None:
+    if past_key_values is not None or kwargs.get("layer_past") is not None:
         return "a key/value cache is in use"
     if position_embeddings is None:
         return "no position embeddings were passed"
@@ -229,9 +238,10 @@ def _why_not_now(
     for name in ("is_causal", "position_bias"):
         if kwargs.get(name) is not None:
             return f"attention was given {name}"
-    weight = getattr(attrgetter(settings.spec.input_norm)(layer), "weight", None)
+    # A variant of the family may have other norms; then `why_no_layer` has the reason.
+    weight = getattr(getattr(layer, settings.spec.input_norm, None), "weight", hidden_states)
     dtype = compute_dtype(hidden_states)
-    if weight is None or not (dtype == weight.dtype == hidden_states.dtype):
+    if not dtype == weight.dtype == hidden_states.dtype:
         return f"it computes in {dtype} on {getattr(weight, 'dtype', None)} weights"
     return None
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -51,11 +52,12 @@ def causal_lm_forward(
     items = arguments.pop("num_items_in_batch", None)
     shift_labels = arguments.pop("shift_labels", None)
     targets = shift_labels if shift_labels is not None else shifted_targets(labels)
-    if STATE in self.model.__dict__:
+    backbone = attrgetter(settings.spec.backbone)(self)
+    if STATE in backbone.__dict__:
         arguments["targets"] = targets
     # Before the layers are launched: which rows count has to be known on the host, which waits for the device.
     rows_N = labelled_rows(targets.reshape(-1))
-    outputs = self.model(**arguments)  # type: ignore[operator]
+    outputs = backbone(**arguments)
     hidden = outputs.last_hidden_state
     transform = logit_transform(self.config, settings.spec)
     dtype = compute_dtype(hidden) if torch.is_autocast_enabled(hidden.device.type) else head.weight.dtype

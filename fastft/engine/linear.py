@@ -49,7 +49,8 @@ class LoraLinear(torch.autograd.Function):
             kept = (x_TI, low_TR) if needs_a or needs_b else (None, None)
             # A and B only so that autograd notices when they are changed between forward and backward.
             ctx.save_for_backward(*kept, *trained[:2])
-        return y_TO.to(output).view(*x.shape[:-1], y_TO.shape[-1])
+        # Autograd forbids changing in place what a function returns as a view, and models do such things.
+        return torch.ops.aten._unsafe_view(y_TO.to(output), (*x.shape[:-1], y_TO.shape[-1]))
 
     @staticmethod
     @once_differentiable

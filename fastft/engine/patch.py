@@ -9,6 +9,7 @@ head in a family with a layer specification; of the LoRA linears, the RMSNorms a
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from types import MethodType
 from typing import Any
 
@@ -98,8 +99,8 @@ def patch_model(
         chosen = [name for name, was in asked.items() if was]
         return _patch_parts_only(causal_lm, unspecified, chosen, ops, loss_chunk_tokens, strict=strict)
     spec = SPECS[family]
-    backbone = causal_lm.model
-    layers = list(backbone.layers)
+    backbone = attrgetter(spec.backbone)(causal_lm)
+    layers, final_norm = list(attrgetter(spec.layers)(backbone)), attrgetter(spec.final_norm)(backbone)
     chooser = placement if callable(placement) else None
     policies = _policies("light" if placement is None or callable(placement) else placement, len(layers))
     unpatch_model(model)
@@ -118,23 +119,27 @@ def patch_model(
     head_reason = _replaced(causal_lm) or why_no_head(causal_lm.get_output_embeddings())
     _note(ledger, "lm_head", "head_and_loss", ops.name, head_reason)
     for index, layer in enumerate(layers):
-        _note(ledger, f"layers.{index}", "decoder_layer", ops.name, _replaced(layer) or why_no_layer(layer, spec))
-    _note(ledger, "norm", "norm", ops.name, _replaced(backbone.norm) or why_no_norm(backbone.norm, spec))
+        _note(
+            ledger, f"{spec.layers}.{index}", "decoder_layer", ops.name, _replaced(layer) or why_no_layer(layer, spec)
+        )
+    _note(ledger, spec.final_norm, "norm", ops.name, _replaced(final_norm) or why_no_norm(final_norm, spec))
 
-    parts = [part for part in find_parts(causal_lm, settings) if part.kind != "adapter" and part.name != "norm"]
+    parts = [
+        part for part in find_parts(causal_lm, settings) if part.kind != "adapter" and part.module is not final_norm
+    ]
     for part in parts:
         # Those of a fused layer count only if it runs stock one day; they note themselves then.
-        layer, inside = ".".join(part.name.split(".")[:2]), part.name.startswith("layers.")
+        layer, inside = ".".join(part.name.split(".")[:2]), part.name.startswith(f"{spec.layers}.")
         if not inside or ledger.paths[layer].path == "stock":
             note_part(ledger, part, ops.name)
 
     _install(causal_lm, causal_lm_forward, ModuleState(settings, "lm_head"))
     _install(backbone, backbone_forward, ModuleState(settings, "backbone"))
     for index, layer in enumerate(layers):
-        _install(layer, layer_forward, ModuleState(settings, f"layers.{index}", index))
+        _install(layer, layer_forward, ModuleState(settings, f"{spec.layers}.{index}", index))
         if layer.gradient_checkpointing:
             layer._gradient_checkpointing_func = _call
-    _install(backbone.norm, norm_forward, ModuleState(settings, "norm"))
+    _install(final_norm, norm_forward, ModuleState(settings, spec.final_norm))
     _install_parts(parts)
     causal_lm.gradient_checkpointing_enable = MethodType(_gradient_checkpointing_enable, causal_lm)
     causal_lm.gradient_checkpointing_disable = MethodType(_gradient_checkpointing_disable, causal_lm)
@@ -213,15 +218,20 @@ def placement_of(model: nn.Module) -> list[Policy] | None:
     causal_lm = base_model(model)
     if STATE not in causal_lm.__dict__ or not state_of(causal_lm).settings.placement:
         return None
-    if any(STATE not in layer.__dict__ for layer in causal_lm.model.layers):
-        return None
-    return [policy_of(layer) for layer in causal_lm.model.layers]
+    layers = _layers(causal_lm)
+    return None if any(STATE not in layer.__dict__ for layer in layers) else [policy_of(layer) for layer in layers]
 
 
 def base_model(model: nn.Module) -> Any:
     """The Hugging Face model inside a `PeftModel`, or `model` itself."""
     get = getattr(model, "get_base_model", None)
     return get() if callable(get) else model
+
+
+def _layers(causal_lm: nn.Module) -> Any:
+    """The decoder layers of a patched model."""
+    spec = state_of(causal_lm).settings.spec
+    return attrgetter(f"{spec.backbone}.{spec.layers}")(causal_lm)
 
 
 def _policies(placement: Policy | Sequence[Policy], layers: int) -> list[Policy]:
@@ -298,7 +308,7 @@ def _gradient_checkpointing_enable(
         return
     if offload:
         log.warning("activation offload is not available yet; the layers' inputs stay on the device")
-    for index, layer in enumerate(self.model.layers):  # type: ignore[union-attr, arg-type]
+    for index, layer in enumerate(_layers(self)):
         layer.gradient_checkpointing = index % every_n_layers == 0
         layer._gradient_checkpointing_func = _call
 
@@ -309,5 +319,5 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _gradient_checkpointing_disable(self: nn.Module) -> None:
-    for layer in self.model.layers:  # type: ignore[union-attr]
+    for layer in _layers(self):
         layer.gradient_checkpointing = False

@@ -141,10 +141,10 @@ class Runtime:
         """Whether every layer could run fused when it was last looked at."""
         return all(parts is not None for parts in self._parts)
 
-    def has_window_below(self, tokens: int) -> bool:
-        """Whether some layer's queries see less than `tokens` tokens."""
-        windows = [parts.window for parts in self._parts if parts is not None]
-        return any(window is not None and window < tokens for window in windows)
+    @property
+    def gathers(self) -> bool:
+        """Whether layers may put their calls down in this forward."""
+        return self._gathering
 
     def stand_in(self, mask: torch.Tensor, documents: tuple[torch.Tensor, int] | None) -> None:
         """In this forward `mask` means no mask but causal attention within `documents` (all rows, where None)."""

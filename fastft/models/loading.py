@@ -15,6 +15,7 @@ import torch
 from fastft.errors import ConfigError, ModelError, unknown_choice
 from fastft.hardware import Device, resolve_dtype
 from fastft.models.shapes import SHAPES, SUPPORTED_FAMILIES, ModelShape, shape_of
+from fastft.models.spec import SPECS
 
 log = logging.getLogger("fastft")
 
@@ -109,7 +110,7 @@ def load_model(
     options: dict[str, Any] = {
         "dtype": dtype,
         "device_map": {"": device},
-        "attn_implementation": "sdpa",
+        "attn_implementation": _attention_of(resolved.config),
         "local_files_only": offline or resolved.kind == "folder",
         "trust_remote_code": trust_remote_code,
         **more,
@@ -122,6 +123,12 @@ def load_model(
         raise ModelError(
             f"cannot load model {resolved.name}", got=_first_line(error), fix="check that its weights are complete"
         ) from error
+
+
+def _attention_of(config: Any) -> str:
+    """Stock's attention: PyTorch's, which knows no soft-cap."""
+    spec = SPECS.get(config.model_type)
+    return "sdpa" if spec is None or spec.softcap is None else "eager"
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
@@ -155,7 +162,7 @@ def _random_model(
             fix="give a model folder, or leave quantization out",
         )  # fmt: skip
     torch.manual_seed(seed)
-    options = {"dtype": dtype, "attn_implementation": "sdpa", **more}
+    options = {"dtype": dtype, "attn_implementation": _attention_of(resolved.config), **more}
     with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(resolved.config, **options).to(device)
 

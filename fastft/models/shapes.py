@@ -264,6 +264,8 @@ SHAPES: dict[str, ModelShape] = {
                     max_positions=16384),
     "smollm3-3b": _shape("smollm3", 128256, 2048, 11008, 36, 16, 4, tied_embeddings=True, rope_theta=5e6,
                          max_positions=65536, settings={"no_rope_layers": [1, 1, 1, 0] * 9}),
+    "falcon-7b": _shape("falcon", 65024, 4544, 18176, 32, 71, 1, tied_embeddings=True, rms_norm_eps=1e-5,
+                        max_positions=2048),
     # Small enough for tests and for looking at the tool on a laptop; what a family is about matters in each.
     "toy-llama": _llama(512, 64, 172, 3, 4, 2, rope_theta=10000.0, tied_embeddings=True),
     "toy-mistral": _shape("mistral", 512, 64, 172, 3, 4, 2, window=7),
@@ -282,6 +284,7 @@ SHAPES: dict[str, ModelShape] = {
     "toy-phi3": _shape("phi3", 512, 64, 172, 3, 4, 2, window=7, rotary_fraction=0.5),
     "toy-smollm3": _shape("smollm3", 512, 64, 172, 3, 4, 2, tied_embeddings=True, window=7,
                           settings={"layer_types": _kinds("fsf"), "no_rope_layers": [1, 0, 1]}),
+    "toy-falcon": _shape("falcon", 512, 64, 172, 3, 4, 1, tied_embeddings=True, rms_norm_eps=1e-5),
 }  # fmt: skip
 """The shipped shapes, each from the model's published configuration."""
 

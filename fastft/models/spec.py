@@ -34,6 +34,16 @@ class LayerSpec:
     """
 
     family: str
+    backbone: str = "model"
+    """From the model with head: the decoder without it."""
+    layers: str = "layers"
+    """From the backbone, as `final_norm`."""
+    final_norm: str = "norm"
+    returns_tuple: bool = False
+    """Whether a layer returns its output as the first of a tuple."""
+    separates_documents: bool = True
+    """Whether stock keeps packed documents, told by position ids, apart."""
+
     layer_class: str
     norm_class: str
     norm_kind: "NormKind" = "rms"
@@ -158,6 +168,33 @@ SPECS: dict[str, LayerSpec] = {
         norm_class="SmolLM3RMSNorm",
         window="self_attn.sliding_window",
         rotary="self_attn.use_rope",
+    ),
+    "falcon": LayerSpec(
+        family="falcon",
+        backbone="transformer",
+        layers="h",
+        final_norm="ln_f",
+        returns_tuple=True,
+        separates_documents=False,
+        layer_class="FalconDecoderLayer",
+        norm_class="LayerNorm",
+        norm_kind="layer",
+        mlp_norm=None,
+        attention="self_attention",
+        qkv=("self_attention.query_key_value",),
+        o="self_attention.dense",
+        scale=None,
+        gated=False,
+        gate_up=("mlp.dense_h_to_4h",),
+        down="mlp.dense_4h_to_h",
+        activation="mlp.act",
+        dropouts=("self_attention.attention_dropout", "hidden_dropout"),
+        required=(
+            ("alibi", False, "its positions are ALiBi's"),
+            ("new_decoder_architecture", False, "its query_key_value is grouped by key/value head"),
+            ("multi_query", True, "its query_key_value is grouped by head"),
+            ("parallel_attn", True, "its MLP has a norm of its own"),
+        ),
     ),
 }
 """By Hugging Face's `model_type`."""

@@ -15,9 +15,10 @@ import torch
 from fastft.config import RunConfig
 from fastft.engine.loss import IGNORED
 from fastft.engine.patch import ledger_of, patch_model
-from fastft.errors import MeasureError
+from fastft.errors import ConfigError, MeasureError
 from fastft.hardware import detect_device
 from fastft.models.loading import load_model, load_tokenizer, resolve_model, torch_dtype
+from fastft.models.spec import SPECS
 from fastft.plan import Choices
 from fastft.training.optimizers import make_optimizer
 
@@ -172,9 +173,28 @@ def add_adapters(model: Any, config: RunConfig, *, seed: int) -> Any:
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]
             lora_dropout=lora.dropout,
-            target_modules=list(lora.targets),
+            target_modules=_targets(model, lora.targets),
             use_rslora=lora.rslora,
             bias="none",
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def _targets(model: Any, chosen: tuple[str, ...] | None) -> list[str] | str:
+    """What PEFT is to adapt: `chosen`, or every linear layer of the decoder layers."""
+    family = model.config.model_type
+    if chosen is None:
+        return list(SPECS[family].targets) if family in SPECS else "all-linear"
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    missing = [target for target in chosen if target.rpartition(".")[2] not in names]
+    if missing:
+        linears = SPECS[family].targets if family in SPECS else sorted(_linear_names(model))
+        raise ConfigError(
+            "lora.targets names no module of this model", got=", ".join(missing), allowed=linears, fix="leave it out"
+        )
+    return list(chosen)
+
+
+def _linear_names(model: Any) -> set[str]:
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}

@@ -20,7 +20,7 @@ from fastft.engine.layer import SAVED, backward_layer, forward_layer
 from fastft.engine.parts import LayerCall, StepContext, read_parts
 from fastft.kernels.attention.library import Seen, choose_attention
 from fastft.models.shapes import SHAPES
-from fastft.models.spec import SPECS, LayerSpec
+from fastft.models.spec import SPECS
 
 TOYS = {shape.family: name for name, shape in SHAPES.items() if name.startswith("toy")}
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32
@@ -169,6 +169,7 @@ WITHOUT: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}}),
     ("smollm3", {"no_rope_layers": [1, 1, 1]}),
     ("smollm3", {"layer_types": ["full_attention"] * 3}),
+    ("falcon", {"parallel_attn": False}),
 ]
 
 
@@ -178,6 +179,35 @@ def test_what_a_family_is_about_matters_in_its_toy(family, change, toy, batch_of
     _, gradients = step(make(toy, family), batch)
     _, others = step(make(toy, family, base=change), batch)
     assert error_of(others, gradients) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"alibi": True}, "its positions are ALiBi's"),
+        ({"new_decoder_architecture": True, "num_kv_heads": 2}, "its query_key_value is grouped by key/value head"),
+        ({"multi_query": False, "num_kv_heads": 4}, "its query_key_value is grouped by head"),
+        ({"parallel_attn": False}, "its MLP has a norm of its own"),
+        ({"hidden_dropout": 0.1}, "hidden has dropout"),
+    ],
+    ids=lambda x: "" if isinstance(x, str) else next(iter(x)),
+)
+def test_other_falcons_run_part_by_part(change, reason, toy, batch_of, step, error_of):
+    batch = batch_of("right")
+    model = make(toy, "falcon", base=change)
+    torch.manual_seed(1)
+    loss, gradients = step(model, batch)
+    patch_model(model, backend="eager", placement="full")
+    torch.manual_seed(1)
+    fused_loss, fused = step(model, batch)
+    paths = ledger_of(model).paths
+    assert {name: path.reason for name, path in paths.items() if path.kind == "decoder_layer"} == dict.fromkeys(
+        ("h.0", "h.1", "h.2"), reason
+    )
+    assert paths["ln_f"].path == paths["lm_head"].path == paths["h.1.mlp.dense_4h_to_h"].path == "fused (eager)"
+    if "hidden_dropout" not in change:
+        assert fused_loss == pytest.approx(loss, rel=1e-5)
+        assert error_of(fused, gradients) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -220,29 +250,7 @@ def test_a_soft_cap_that_stock_leaves_out_is_not_put_in(toy, monkeypatch):
     patch_model(model, backend="eager", strict=True)
 
 
-FALCON = LayerSpec(
-    family="falcon",
-    layer_class="FalconDecoderLayer",
-    norm_class="LayerNorm",
-    norm_kind="layer",
-    mlp_norm=None,
-    attention="self_attention",
-    qkv=("self_attention.query_key_value",),
-    o="self_attention.dense",
-    scale=None,
-    gated=False,
-    gate_up=("mlp.dense_h_to_4h",),
-    down="mlp.dense_4h_to_h",
-    activation="mlp.act",
-    dropouts=("self_attention.attention_dropout", "hidden_dropout"),
-    required=(
-        ("alibi", False, "its positions are ALiBi's"),
-        ("new_decoder_architecture", False, "its query_key_value is grouped by key/value head"),
-        ("multi_query", True, "its query_key_value is grouped by head"),
-        ("parallel_attn", True, "its MLP has a norm of its own"),
-        ("bias", False, "its linears round before they add the bias"),
-    ),
-)
+FALCON = SPECS["falcon"]
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])

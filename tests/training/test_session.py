@@ -245,3 +245,20 @@ def test_the_global_batch_is_not_changed():
     before = copy.deepcopy(batch)
     make_session(micro_batch=1).step(batch)
     assert all(torch.equal(batch[name], before[name]) for name in before)
+
+
+def test_a_target_that_no_module_has_is_refused():
+    config = RunConfig.load(model="toy-phi3", targets=["qkv_proj", "q_proj"], device="cpu", sequence_tokens=16)
+    choices = Choices(backend="eager", micro_batch=1, accumulation=16, placement=["light"] * 3)
+    with pytest.raises(ConfigError, match=r"lora.targets names no module.*got q_proj; allowed: qkv_proj, o_proj"):
+        build_session(config, choices)
+
+
+def test_without_targets_every_linear_layer_of_the_family_is_adapted():
+    config = RunConfig.load(model="toy-phi3", device="cpu", sequence_tokens=16)
+    choices = Choices(backend="eager", micro_batch=1, accumulation=16, placement=["light"] * 3)
+    session = build_session(config, choices)
+    adapted = {
+        name.split(".lora_A")[0].rpartition(".")[2] for name, p in session.model.named_parameters() if "lora_A" in name
+    }
+    assert adapted == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
