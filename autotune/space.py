@@ -96,7 +96,7 @@ def candidates(config: RunConfig, shape: ModelShape, device: Device, effort: Eff
         if fits and choices not in found:
             found.append(choices)
 
-    sizes = _micro_batches(config.batch_size, default.micro_batch, level, device)
+    sizes = _micro_batches(config.batch_size, default.micro_batch, level, device, unbound=unbound)
     fused = [default.backend] if default.backend != "peft" else []
     if device.kind == "cuda" and level.eager_on_gpu and "eager" not in fused:
         fused.append("eager")
@@ -173,10 +173,14 @@ def why_skip(candidate: Choices, trials: Sequence[Trial], effort: EffortName) ->
     return None
 
 
-def _micro_batches(batch_size: int, default: int, level: Effort, device: Device) -> list[int]:
+def _micro_batches(batch_size: int, default: int, level: Effort, device: Device, *, unbound: bool) -> list[int]:
     """Divisors around the default's, ascending."""
     sizes = divisors(batch_size)
     place = sizes.index(default)
-    # A CPU is filled by few tokens: its default is large already, and larger ones only cost memory.
-    above = level.above if device.kind == "cuda" else 0
-    return sizes[max(0, place - level.below) : place + above + 1]
+    below, above = level.below, level.above
+    if device.kind != "cuda":
+        # A CPU is filled by few tokens: its default is large already, and larger ones only cost memory.  Smaller ones
+        # gain some per cent on the full rows of a probe and lose more on the shorter ones of real data.
+        above = 0
+        below = 0 if unbound and level is EFFORTS["quick"] else below
+    return sizes[max(0, place - below) : place + above + 1]

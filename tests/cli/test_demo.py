@@ -27,11 +27,11 @@ def test_a_quick_machine_gets_every_repetition_and_step() -> None:
     assert QUICK.affordable(3600, 200) == (ROUNDS, 200)
 
 
-def test_two_quiet_cores_get_an_interval_within_six_minutes() -> None:
+def test_two_quiet_cores_learn_the_task_twice_within_six_minutes() -> None:
     left = 360 - 64 - 10 - 5  # after tuning and training, before the report
     rounds, steps = QUICK.affordable(left, 200)
-    assert rounds == ROUNDS
-    assert GOOD_STEPS <= steps < 200
+    assert rounds >= 2
+    assert GOOD_STEPS <= steps <= 200
     assert QUICK.seconds(rounds, steps) <= left
 
 
