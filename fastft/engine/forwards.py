@@ -118,28 +118,28 @@ def backbone_forward(
     state = state_of(self)
     settings = state.settings
     training = self.training and torch.is_grad_enabled()
-    if training:
-        inputs = input_ids if input_ids is not None else inputs_embeds
-        if inputs is not None:
-            settings.place(*inputs.shape[:2])
-        if past_key_values is None:
-            use_cache = use_cache or False
-            if position_ids is None and attention_mask is not None:
-                only_padding, rows_R = without_padding(attention_mask, targets)
-                if rows_R is not None:
-                    kwargs[_ROWS] = rows_R
-                if only_padding:
-                    attention_mask = None
-        settings.runtime.begin(
-            *_layers_and_norm(self),
-            settings.spec,
-            settings.ops,
-            gather=_may_gather(self, kwargs),
-            graphs=settings.graphs,
-        )
-        if attention_mask is None and past_key_values is None and inputs is not None:
-            attention_mask = _stand_in_for_a_mask(self, settings.runtime, inputs, position_ids)
     try:
+        if training:
+            inputs = input_ids if input_ids is not None else inputs_embeds
+            if inputs is not None:
+                settings.place(*inputs.shape[:2])
+            settings.runtime.begin(
+                *_layers_and_norm(self),
+                settings.spec,
+                settings.ops,
+                gather=_may_gather(self, kwargs),
+                graphs=settings.graphs,
+            )
+            if past_key_values is None:
+                use_cache = use_cache or False
+                if position_ids is None and attention_mask is not None:
+                    only_padding, rows_R = without_padding(attention_mask, targets)
+                    if rows_R is not None and not settings.runtime.may_record(attention_mask.numel(), rows_R.device):
+                        kwargs[_ROWS] = rows_R
+                    if only_padding:
+                        attention_mask = None
+            if attention_mask is None and past_key_values is None and inputs is not None:
+                attention_mask = _stand_in_for_a_mask(self, settings.runtime, inputs, position_ids)
         return original_forward(self)(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -28,8 +28,10 @@ GRAPH_MODES: tuple[GraphMode, ...] = ("auto", "on", "off")
 """auto records small steps only, on those of any size."""
 WARM_RUNS = 2
 """How often a run comes before it is recorded: kernels are compiled and libraries have chosen theirs by then."""
-MOST_RECORDINGS = 8
-"""Shapes that come more rarely than these run without."""
+TOKEN_STEP = 64
+"""Rows are filled up to a multiple of this: what is bound by its launches does not notice, and few recordings do."""
+MOST_RECORDINGS = 32
+"""Shapes that come later than these run without."""
 LAYER_FLOPS = 4e12
 """Above this a layer's forward and backward keep an H200 busy for over 6 ms, longer than any host needs to launch
 them (docs/log.md), and a recording would only pin memory."""
@@ -62,48 +64,59 @@ class CudaRecorder:
 
 
 class RecordedRun:
-    """One run, forward and backward, on tensors of its own."""
+    """One run, forward and backward, on tensors of its own.
+
+    These may have more tokens a row than the run: what stands behind a row's end is never seen by what stands before
+    it, its output is cut off, and a gradient of zero comes in for it.
+    """
 
     def __init__(
-        self, x_BSD: torch.Tensor, run: Run, bank: AdapterBank, first: int, needs_dx: bool, recorder: Recorder
-    ) -> None:
-        self._x_BSD = x_BSD.clone()
-        self._contexts = {id(call.context): _own(call.context) for call in run.calls}
-        self._originals = [call.context for call in run.calls]  # so that no other context gets one of these ids
+        self, x_BSD: torch.Tensor, run: Run, bank: AdapterBank, first: int, needs_dx: bool, tokens: int,
+        recorder: Recorder,
+    ) -> None:  # fmt: skip
+        """Record `run`, whose rows have up to `tokens` tokens."""
+        B, _, D = x_BSD.shape
+        self._x_BTD, self._dy_BTD = x_BSD.new_zeros(B, tokens, D), x_BSD.new_zeros(B, tokens, D)
+        self._originals = [call.context for call in run.calls]  # kept, so that no other context gets one of their ids
+        self._contexts = {id(context): _own(context, x_BSD.shape[1], tokens) for context in self._originals}
         calls = [call._replace(context=self._contexts[id(call.context)]) for call in run.calls]
         kept: Kept = []
 
         def forward() -> torch.Tensor:
             bank.refresh()
-            y_BSD, kept[:] = forward_run(self._x_BSD, calls, first)
-            return y_BSD
+            y_BTD, kept[:] = forward_run(self._x_BTD, calls, first)
+            return y_BTD
 
         def backward() -> tuple[torch.Tensor | None, torch.Tensor]:
-            dx_BSD, gradients = backward_run(self._dy_BSD, calls, kept, first, needs_dx=needs_dx)
-            return dx_BSD, bank.join(gradients)
+            dx_BTD, gradients = backward_run(self._dy_BTD, calls, kept, first, needs_dx=needs_dx)
+            return dx_BTD, bank.join(gradients)
 
-        self._y_BSD, self._replay_forward = recorder.record(forward)
-        self._dy_BSD = torch.empty_like(self._y_BSD)
-        (self._dx_BSD, self._gradient_N), self._replay_backward = recorder.record(backward)
+        # Once without: kernels are compiled, and libraries choose theirs, for these sizes.
+        forward()
+        backward()
+        self._y_BTD, self._replay_forward = recorder.record(forward)
+        (self._dx_BTD, self._gradient_N), self._replay_backward = recorder.record(backward)
+        self._tokens = tokens
 
     def forward(self, x_BSD: torch.Tensor, calls: Sequence[LayerCall]) -> torch.Tensor:
-        """The output; it holds until the next `forward`."""
-        self._x_BSD.copy_(x_BSD)
+        """The output (B × S × D); it holds until the next `forward`."""
+        self._tokens = x_BSD.shape[1]
+        _fill(self._x_BTD, x_BSD)
         given = {id(call.context): call.context for call in calls}
         for own, context in zip(self._contexts.values(), given.values(), strict=True):
-            own.cos_Sd.copy_(context.cos_Sd)
-            own.sin_Sd.copy_(context.sin_Sd)
+            own.cos_Sd[: len(context.cos_Sd)].copy_(context.cos_Sd)
+            own.sin_Sd[: len(context.sin_Sd)].copy_(context.sin_Sd)
         self._replay_forward()
-        return self._y_BSD.detach()
+        return self._y_BTD.detach()[:, : self._tokens]
 
     def backward(self, dy_BSD: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The input's gradient, a copy, and those of the adapters (N); they hold until the next `backward`.
 
         Once a forward: it overwrites what the forward saved.
         """
-        self._dy_BSD.copy_(dy_BSD)
+        _fill(self._dy_BTD, dy_BSD)
         self._replay_backward()
-        return None if self._dx_BSD is None else self._dx_BSD.clone(), self._gradient_N
+        return None if self._dx_BTD is None else self._dx_BTD[:, : self._tokens].clone(), self._gradient_N
 
 
 class Graphs:
@@ -123,7 +136,8 @@ class Graphs:
     def take(self, x_BSD: torch.Tensor, run: Run, first: int, needs_dx: bool) -> "InUse | None":
         """The recording for this run, which is then in use until released or forgotten; None where there is none."""
         bank = run.bank
-        if bank is None or not self._worth_it(x_BSD) or not all(map(_can_be_recorded, run.calls)):
+        B, S, _ = x_BSD.shape
+        if bank is None or not self.worth_it(B * S) or not all(map(_can_be_recorded, run.calls)):
             return None
         earlier = None if self._in_use is None else self._in_use()
         if earlier is not None and earlier.waits:
@@ -133,12 +147,15 @@ class Graphs:
             self._recorded.clear()
             self._times.clear()
             self._addresses = [tensor.data_ptr() for tensor in self._weights]
-        key = (x_BSD.shape, x_BSD.dtype, x_BSD.device, first, needs_dx, id(bank), *map(_kind, run.calls))
+        # Rows of nearly one length share a recording, if angles depend on the place in the row alone.
+        shared = all(len(call.context.cos_Sd) == S for call in run.calls)
+        tokens = -(-S // TOKEN_STEP) * TOKEN_STEP if shared else S
+        key = (B, tokens, x_BSD.dtype, x_BSD.device, first, needs_dx, id(bank), *map(_kind, run.calls))
         if key not in self._recorded:
             self._times[key] = self._times.get(key, 0) + 1
             if self._times[key] <= WARM_RUNS or len(self._recorded) >= MOST_RECORDINGS:
                 return None
-            self._recorded[key] = self._record(x_BSD, run, bank, first, needs_dx)
+            self._recorded[key] = self._record(x_BSD, run, bank, first, needs_dx, tokens)
         recorded = self._recorded[key]
         if recorded is None:
             return None
@@ -146,21 +163,21 @@ class Graphs:
         self._in_use = weakref.ref(use)
         return use
 
-    def _record(
-        self, x_BSD: torch.Tensor, run: Run, bank: AdapterBank, first: int, needs_dx: bool
-    ) -> RecordedRun | None:
-        B, S = x_BSD.shape[:2]
-        try:
-            recorded = RecordedRun(x_BSD, run, bank, first, needs_dx, self._recorder)
-        except RuntimeError as error:  # what a kernel may not do while it is recorded, or too little memory
-            log.warning("steps of %d×%d tokens run without CUDA graphs: %s", B, S, str(error).partition("\n")[0])
-            return None
-        log.info("steps of %d×%d tokens replay CUDA graphs", B, S)
-        return recorded
-
-    def _worth_it(self, x_BSD: torch.Tensor) -> bool:
-        tokens = x_BSD.shape[0] * x_BSD.shape[1]
+    def worth_it(self, tokens: int) -> bool:
+        """Whether a step of so many tokens is small enough."""
         return self._always or 4.0 * tokens * self._weight_elements < LAYER_FLOPS
+
+    def _record(
+        self, x_BSD: torch.Tensor, run: Run, bank: AdapterBank, first: int, needs_dx: bool, tokens: int
+    ) -> RecordedRun | None:
+        size = f"{len(x_BSD)}×{tokens}"
+        try:
+            recorded = RecordedRun(x_BSD, run, bank, first, needs_dx, tokens, self._recorder)
+        except RuntimeError as error:  # what a kernel may not do while it is recorded, or too little memory
+            log.warning("steps of %s tokens run without CUDA graphs: %s", size, str(error).partition("\n")[0])
+            return None
+        log.info("steps of %s tokens replay CUDA graphs", size)
+        return recorded
 
 
 class InUse:
@@ -194,8 +211,19 @@ class InUse:
         return recorded.backward(dy_BSD)
 
 
-def _own(context: StepContext) -> StepContext:
-    return context._replace(cos_Sd=context.cos_Sd.clone(), sin_Sd=context.sin_Sd.clone())
+def _own(context: StepContext, tokens: int, most: int) -> StepContext:
+    """The context with tables of its own, for rows of up to `most` tokens instead of `tokens`."""
+    rows = len(context.cos_Sd) + most - tokens
+    cos_Sd, sin_Sd = (table.new_zeros(rows, table.shape[1]) for table in (context.cos_Sd, context.sin_Sd))
+    return context._replace(tokens=context.batch * most, cos_Sd=cos_Sd, sin_Sd=sin_Sd)
+
+
+def _fill(whole_BTD: torch.Tensor, part_BSD: torch.Tensor) -> None:
+    """The part first in every row, zeros behind it."""
+    tokens = part_BSD.shape[1]
+    whole_BTD[:, :tokens].copy_(part_BSD)
+    if tokens < whole_BTD.shape[1]:
+        whole_BTD[:, tokens:].zero_()
 
 
 def _can_be_recorded(call: LayerCall) -> bool:
@@ -208,7 +236,8 @@ def _can_be_recorded(call: LayerCall) -> bool:
 
 def _kind(call: LayerCall) -> tuple[Any, ...]:
     context = call.context
-    return call.policy, context.attention.name, context.batch, tuple(context.cos_Sd.shape), tuple(context.seen)
+    per_row = len(context.cos_Sd) * context.batch == context.tokens
+    return call.policy, context.attention.name, context.cos_Sd.shape[1], per_row, tuple(context.seen)
 
 
 def _tensors(parts: tuple[Any, ...]) -> list[torch.Tensor]:

@@ -141,6 +141,13 @@ class Runtime:
         """Whether every layer could run fused when it was last looked at."""
         return all(parts is not None for parts in self._parts)
 
+    def may_record(self, tokens: int, device: torch.device) -> bool:
+        """Whether a forward of so many tokens may replay CUDA graphs, which padding does not slow down."""
+        if not self._gathering or any(parts is None or parts.has_dropout for parts in self._parts):
+            return False
+        recorders = [segment.graphs(self._graph_mode, device) for segment in self._segments]
+        return any(graphs is not None and graphs.worth_it(tokens) for graphs in recorders)
+
     @property
     def gathers(self) -> bool:
         """Whether layers may put their calls down in this forward."""

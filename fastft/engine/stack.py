@@ -29,11 +29,10 @@ class DecoderStack(torch.autograd.Function):
         """Run the layers; each saves what its policy says."""
         needs_x, _, *needs = ctx.needs_input_grad
         first = 0 if needs_x else first_trained(run, needs)
-        ctx.in_use = None
-        if run.graphs is not None and first < len(run.calls):
-            ctx.in_use = run.graphs.take(x_BSD, run, first, needs_x)
-        kept = None
+        ctx.in_use, kept = None, None
         with torch.autocast(x_BSD.device.type, enabled=False):
+            if run.graphs is not None and first < len(run.calls):
+                ctx.in_use = run.graphs.take(x_BSD, run, first, needs_x)
             if ctx.in_use is not None:
                 y_BSD = ctx.in_use.forward(x_BSD, run)
             else:
