@@ -18,13 +18,14 @@ from torch import nn
 from fastft.backends import load_backend
 from fastft.config import RunConfig, parse_bytes
 from fastft.engine.patch import patch_model, unpatch_model
+from fastft.engine.state import Placed
 from fastft.errors import ConfigError, FastftError, ModelError, unknown_choice
 from fastft.hardware import Device, detect_device
-from fastft.memory_model import best_placement_under
+from fastft.memory_model import best_placement_under, recompute_flops
 from fastft.models.loading import DTYPES, load_model, load_tokenizer, resolve_model, torch_dtype
 from fastft.models.shapes import ModelShape
 from fastft.models.spec import SPECS
-from fastft.plan import POLICIES, Choices, Plan, Policy
+from fastft.plan import POLICIES, Choices, Plan
 from fastft.plan_store import PlanStore, read_foreign_plan
 
 log = logging.getLogger("fastft")
@@ -322,15 +323,24 @@ class _AutoPlacement:
         cap = config.memory_cap
         self._cap = parse_bytes(cap) if cap is not None else int(device.memory_bytes * self.HEADROOM)
 
-    def __call__(self, batch: int, tokens: int) -> list[Policy]:
-        """The policies for micro-batches of `batch` rows of `tokens` tokens."""
+    def __call__(self, batch: int, tokens: int) -> Placed:
+        """The policies for micro-batches of `batch` rows of `tokens` tokens, and how much of the loss at a time."""
+        from fastft.planning import SMALL_LOSS_CHUNK
+
         config = self._config.model_copy(update={"sequence_tokens": tokens, "batch_size": batch})
         layers = self._shape.layers
-        choices = Choices(backend=self._backend, micro_batch=batch, accumulation=1, placement=["light"] * layers)
-        placement = best_placement_under(self._cap, self._shape, choices, config, device=self._device)
-        if placement is None:
+        default = Choices(backend=self._backend, micro_batch=batch, accumulation=1, placement=["light"] * layers)
+        best: tuple[float, Choices] | None = None
+        # Smaller chunks cost little, and less than recomputing a layer: only where they spare that.
+        for chunk in (default.loss_chunk_tokens, SMALL_LOSS_CHUNK):
+            choices = default.model_copy(update={"loss_chunk_tokens": chunk})
+            placement = best_placement_under(self._cap, self._shape, choices, config, device=self._device)
+            if placement is not None:
+                price = sum(recompute_flops(self._shape, policy, tokens, self._backend) for policy in placement)
+                if best is None or price < best[0]:
+                    best = price, choices.model_copy(update={"placement": placement})
+        if best is None:
             log.warning("no placement is predicted to fit %.2f GiB; taking the smallest", self._cap / 2**30)
-            return ["offload" if self._device.kind == "cuda" else "full"] * layers
-        chosen = Choices(backend=self._backend, micro_batch=batch, accumulation=1, placement=placement)
-        log.info("no plan is cached; by estimate: %s", chosen.summary())
-        return placement
+            return Placed(["offload" if self._device.kind == "cuda" else "full"] * layers, SMALL_LOSS_CHUNK)
+        log.info("no plan is cached; by estimate: %s", best[1].summary())
+        return Placed(list(best[1].placement), best[1].loss_chunk_tokens)

@@ -87,11 +87,16 @@ def memory_terms(shape: ModelShape, choices: Choices, config: RunConfig, device:
         saved_per_token = dict.fromkeys(POLICIES, everything) | checkpointed
         # All logits at once: in the dtype, upcast, log-softmax and its gradient, all fp32.
         head = T * V * (a + 12)
+        mlp_gradients = 2 + shape.spec.gated
     else:
         saved_per_token = _fused_layer_bytes(shape, a, config.lora.rank)
         everything = saved_per_token["keep"]
-        head = min(choices.loss_chunk_tokens, T) * V * (a + 4)
-    gradients = a * ((2 + shape.spec.gated) * F + 3 * D + 2 * (shape.heads + shape.kv_heads) * shape.head_dim)
+        # Triton's gradients take the place of gate, up and their activation, unless one tensor must hold both.
+        one_tensor = shape.spec.gated and len(shape.gate_up_names) == 1
+        mlp_gradients = 1 + shape.spec.gated if choices.backend == "eager" else 2 * one_tensor
+        # Triton's loss works in the logits' place, plain PyTorch's on fp32 copies.
+        head = min(choices.loss_chunk_tokens, T) * V * (a if choices.backend == "triton" else a + 4)
+    gradients = a * (3 * D + 2 * (shape.heads + shape.kv_heads) * shape.head_dim) + a * F * mlp_gradients
     # Of what goes to the host, the device holds one layer's share in use and one on its way.
     moving = {p: 0 if p not in OFFLOADED or choices.backend == "peft" else saved_per_token[p] for p in POLICIES}
     return MemoryTerms(

@@ -30,7 +30,7 @@ DEFAULT_MICRO_BATCH = {"cuda": 4, "cpu": 16}
 """The default micro-batch is the largest divisor of the global batch up to this."""
 _HALF_SPEED_TOKENS = 256
 """Assumed micro-batch at which a GPU runs at half its speed; only ranks untuned defaults under a cap."""
-_SMALL_LOSS_CHUNK = 512
+SMALL_LOSS_CHUNK = 512
 """Rows of logits at a time where the default's would not fit: a vocabulary of 128k takes 0.4 GiB then, not 1.5."""
 
 
@@ -314,7 +314,7 @@ def _fastest_under(cap: int, config: RunConfig, shape: ModelShape, device: Devic
     best: tuple[float, Choices] | None = None
     sizes = [d for d in divisors(config.batch_size) if d <= default.micro_batch]
     for size in [config.micro_batch] if config.micro_batch else reversed(sizes):
-        for chunk in (default.loss_chunk_tokens, _SMALL_LOSS_CHUNK):
+        for chunk in (default.loss_chunk_tokens, SMALL_LOSS_CHUNK):
             choices = _with_micro_batch(default, config, size).model_copy(update={"loss_chunk_tokens": chunk})
             if config.placement is None:
                 placement = best_placement_under(cap, shape, choices, config, device=device)
@@ -334,7 +334,7 @@ def _fastest_under(cap: int, config: RunConfig, shape: ModelShape, device: Devic
 def _smallest(config: RunConfig, shape: ModelShape, default: Choices, device: Device) -> Choices:
     smallest = "offload" if device.kind == "cuda" and default.backend != "peft" else "full"
     return _with_micro_batch(default, config, config.micro_batch or 1).model_copy(
-        update={"placement": [config.placement or smallest] * shape.layers, "loss_chunk_tokens": _SMALL_LOSS_CHUNK}
+        update={"placement": [config.placement or smallest] * shape.layers, "loss_chunk_tokens": SMALL_LOSS_CHUNK}
     )
 
 

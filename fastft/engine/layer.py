@@ -104,15 +104,18 @@ def forward_layer(x_TD: torch.Tensor, call: LayerCall) -> tuple[torch.Tensor, Sa
 
 
 def backward_layer(
-    dy_TD: torch.Tensor, saved: Saved, call: LayerCall, *, needs_dx: bool
+    dy_TD: torch.Tensor, saved: Saved, call: LayerCall, *, needs_dx: bool, overwrite: bool = False
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """The gradients of the layer's input (T × D; None unless `needs_dx`) and of `call.parts.adapters`."""
+    """The gradients of the layer's input (T × D; None unless `needs_dx`) and of `call.parts.adapters`.
+
+    With `overwrite`, what was saved may be overwritten: this backward is its last.
+    """
     made, attention_saved = saved
     if made.attended is None:
         made, attention_saved = _attention_block(made, call)
     elif made.x2 is None and call.parts.mlp_norm is not None:
         made = _residual_block(made, made.o, call)
-    dx2, dh1, mlp_gradients = _mlp_backward(dy_TD, made, call)
+    dx2, dh1, mlp_gradients = _mlp_backward(dy_TD, made, call, overwrite)
     # Freed before attention's backward, where the other large intermediates live.
     made = made._replace(gate=None, up=None, act=None, h2=None, down=None)
     del saved
@@ -205,19 +208,21 @@ def _down_block(made: _Activations, call: LayerCall) -> tuple[_Activations, torc
 
 
 def _mlp_backward(
-    dy: torch.Tensor, made: _Activations, call: LayerCall
+    dy: torch.Tensor, made: _Activations, call: LayerCall, overwrite: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
     """From dy to dx₂, to the part of dh₁ that comes from the MLP where that reads h₁, and the gradients of the
     adapters of gate, up and down (A, B each)."""
     parts, down = call.parts, (call.parts.down,)
     seed = call.seed + _DOWN
+    overwrite = overwrite or made.gate is None  # what is computed again here is nobody else's
     made = _gate_up_block(made, call)
     if parts.post_mlp_norm is not None and made.down is None:
         made = _down_block(made, call)[0]._replace(act=None)
     ddown = _behind_backward(dy, made.down, made.down_rstd, parts.post_mlp_norm, call)
     dlow_down = low_rank_gradient((ddown,), down)
     dact = input_gradient((ddown,), dlow_down, down, seed=seed)
-    gate_up_gradients, act = _activate_backward(dact, made, parts, call)
+    gate_up_gradients, act = _activate_backward(dact, made, call, overwrite)
+    made = made._replace(gate=None, up=None)
     del dact
     low_down = made.low_down
     if low_down is None:
@@ -236,12 +241,15 @@ def _mlp_backward(
 
 
 def _activate_backward(
-    dact: torch.Tensor, made: _Activations, parts: LayerParts, call: LayerCall
+    dact: torch.Tensor, made: _Activations, call: LayerCall, overwrite: bool
 ) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
     """The gradients of the outputs of gate and up, as their linears have them, and the activation again."""
+    parts = call.parts
     packed = dact.new_empty(dact.shape[0], 2 * dact.shape[1]) if parts.gated and len(parts.gate_up) == 1 else None
     halves = None if packed is None else packed.chunk(2, dim=1)
-    dgate, dup, act = call.ops.activate_backward(dact, made.gate, made.up, parts.activation, halves)
+    dgate, dup, act = call.ops.activate_backward(
+        dact, made.gate, made.up, parts.activation, halves, overwrite=overwrite
+    )
     if packed is not None:
         return (packed,), act
     return ((dgate,) if dup is None else (dgate, dup)), act

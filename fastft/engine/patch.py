@@ -33,7 +33,7 @@ from fastft.engine.head import causal_lm_forward
 from fastft.engine.ledger import Ledger
 from fastft.engine.logits import DEFERRING_FORWARDS, deferring_forward_of, why_not_together
 from fastft.engine.norm import norm_forward
-from fastft.engine.state import STATE, EngineSettings, ModuleState, policy_of, state_of
+from fastft.engine.state import STATE, EngineSettings, ModuleState, Placed, policy_of, state_of
 from fastft.engine.support import why_no_head, why_no_layer, why_no_norm
 from fastft.errors import ConfigError, ModelError, unknown_choice
 from fastft.kernels.attention.library import ATTENTION
@@ -47,7 +47,7 @@ def patch_model(
     model: nn.Module,
     *,
     backend: str,
-    placement: Policy | Sequence[Policy] | Callable[[int, int], list[Policy]] | None = None,
+    placement: Policy | Sequence[Policy] | Callable[[int, int], Placed] | None = None,
     attention: str = "auto",
     loss_chunk_tokens: int = 2048,
     graphs: GraphMode = "auto",

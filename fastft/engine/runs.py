@@ -61,12 +61,13 @@ def forward_run(x_BSD: torch.Tensor, calls: Sequence[LayerCall], first: int) -> 
 
 
 def backward_run(
-    dy_BSD: torch.Tensor, calls: Sequence[LayerCall], kept: Kept, first: int, *, needs_dx: bool
+    dy_BSD: torch.Tensor, calls: Sequence[LayerCall], kept: Kept, first: int, *, needs_dx: bool, last: bool = True
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """The input's gradient (B × S × D; None unless `needs_dx`), and those of the adapters, in the order
     of `Run.adapters`.
 
-    `kept` is emptied from its end, so that a layer's tensors are freed when its backward is done.
+    `kept` is emptied from its end, so that a layer's tensors are freed when its backward is done; if this is the `last`
+    backward of its forward, they are overwritten, too.
     """
     context = calls[0].context
     d_TD: torch.Tensor | None = pick_rows(dy_BSD.reshape(-1, dy_BSD.shape[-1]), context.rows_R)
@@ -76,7 +77,9 @@ def backward_run(
         if index > first and isinstance(kept[-2], ParkedLayer):
             kept[-2].fetch()
         # Popped into the call: nobody else holds them, so the layer can free what it has used.
-        d_TD, of_layer = backward_layer(d_TD, _take(kept), calls[index], needs_dx=needs_dx or index > first)
+        d_TD, of_layer = backward_layer(
+            d_TD, _take(kept), calls[index], needs_dx=needs_dx or index > first, overwrite=last
+        )
         slots = zip(in_bank_order(of_layer), in_bank_order(calls[index].parts.adapters), strict=True)
         gradients.append([gradient for gradient, matrix in slots if matrix is not None])
     gradients.extend([None] * len(_matrices(call)) for call in reversed(calls[:first]))

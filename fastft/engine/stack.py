@@ -56,12 +56,12 @@ class DecoderStack(torch.autograd.Function):
             dx_BSD, gradient_N = ctx.in_use.backward(dy_BSD)
             gradients = run.bank.hand_out(gradient_N, copy=True)
         else:
-            kept = ctx.kept
-            if torch._C._autograd._get_current_graph_task_keep_graph():
+            kept, last = ctx.kept, not torch._C._autograd._get_current_graph_task_keep_graph()
+            if not last:
                 kept = list(kept)
             else:
                 ctx.kept = None  # so that each layer's tensors are freed as soon as its backward is done
-            dx_BSD, gradients = backward_run(dy_BSD, run.calls, kept, ctx.first, needs_dx=needs_x)
+            dx_BSD, gradients = backward_run(dy_BSD, run.calls, kept, ctx.first, needs_dx=needs_x, last=last)
             if run.bank is not None:
                 gradients = run.bank.hand_out(run.bank.join(gradients))
         return (

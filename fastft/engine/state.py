@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +21,13 @@ STATE = "_fastft"
 _SIZE_STEP = 64
 
 
+class Placed(NamedTuple):
+    """What is chosen when the size of a batch is known."""
+
+    placement: list[Policy]
+    loss_chunk_tokens: int
+
+
 @dataclass
 class EngineSettings:
     """What every patched module of one model shares."""
@@ -33,10 +40,10 @@ class EngineSettings:
     loss_chunk_tokens: int
     placement_is_fixed: bool
     """Whether the placement was chosen (a plan, the user), so that gradient checkpointing does not replace it."""
-    choose_placement: Callable[[int, int], list[Policy]] | None = None
+    choose_placement: Callable[[int, int], Placed] | None = None
     """From (B, S) to the placement, asked when a batch of a new size comes (S is rounded up to a multiple of 64); None
     where the placement is given."""
-    chosen: dict[tuple[int, int], list[Policy]] = field(default_factory=dict)
+    chosen: dict[tuple[int, int], Placed] = field(default_factory=dict)
     graphs: GraphMode = "auto"
     runtime: Runtime = field(default_factory=Runtime)
 
@@ -48,7 +55,7 @@ class EngineSettings:
         size = (batch, -(-tokens // _SIZE_STEP) * _SIZE_STEP)
         if size not in self.chosen:
             self.chosen[size] = self.choose_placement(*size)
-        self.placement = self.chosen[size]
+        self.placement, self.loss_chunk_tokens = self.chosen[size]
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 
 from fastft import ledger_of, patch_model, unpatch_model
 from fastft.engine.patch import placement_of
+from fastft.engine.state import Placed
 
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32
 
@@ -104,9 +105,9 @@ def test_the_placement_may_depend_on_the_batch(toy, batch_of, step):
     model = toy()
     asked = []
 
-    def choose(rows: int, tokens: int) -> list[Any]:
+    def choose(rows: int, tokens: int) -> Placed:
         asked.append((rows, tokens))
-        return ["full" if tokens > 64 else "keep"] * 3
+        return Placed(["full" if tokens > 64 else "keep"] * 3, 512)
 
     patch_model(model, backend="eager", placement=choose)
     step(model, batch_of("none", S=65))

@@ -431,3 +431,16 @@ def test_a_placement_of_one_layer_changes_that_layer_only(toy, batch_of):
     batch = batch_of("none")
     only_last_matters = [_saved_bytes(model, batch, p) for p in (["keep", "keep", "full"], ["full", "full", "keep"])]
     assert only_last_matters[0] < only_last_matters[1]
+
+
+def test_a_retained_graph_keeps_what_triton_would_overwrite(toy, batch_of):
+    model = toy()
+    patch_model(model, backend="triton", placement=["light", "keep", "mlp"])
+    device = next(model.parameters()).device
+    loss = model(**{name: t.to(device) for name, t in batch_of("none", B=1, S=7).items()}).loss
+    loss.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    loss.backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, 2 * once[name])

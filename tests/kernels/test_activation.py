@@ -1,5 +1,6 @@
 # T tokens, F feed-forward width
 
+from importlib import import_module
 from types import ModuleType
 
 import pytest
@@ -136,3 +137,22 @@ def test_rows_past_two_to_the_31_elements(device, kernels: ModuleType, far_rows)
     far = kernels.activate_backward(near_TF, near_TF, gate_TF, "silu")
     for result, expected in zip(far, kernels.activate_backward(near_TF, near_TF, near_TF, "silu"), strict=True):
         assert_close(result, expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_overwriting_gives_the_same_bits(gated, kind, implementation, device):
+    """And Triton's results are where its inputs were."""
+    function = import_module(f"fastft.kernels.activation.{implementation}").activate_backward
+    dact, gate, up = (torch.randn(5, 37, device=device) for _ in range(3))
+    up = up if gated else None
+    expected = function(dact.clone(), gate.clone(), None if up is None else up.clone(), kind)
+    results = function(dact, gate, up, kind, overwrite=True)
+    for result, wanted in zip(results, expected, strict=True):
+        assert (result is None) == (wanted is None)
+        assert result is None or torch.equal(result, wanted)
+    if implementation == "triton":
+        assert [r.data_ptr() for r in results if r is not None] == [
+            t.data_ptr() for t in (gate, up, dact) if t is not None
+        ]

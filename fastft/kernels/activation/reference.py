@@ -37,6 +37,8 @@ def activate_backward(
     up_TF: Tensor | None,
     kind: ActivationKind,
     out: tuple[Tensor, Tensor] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The gradients of `activate`, and act again.
 
@@ -45,10 +47,12 @@ def activate_backward(
 
     Args:
         dact_TF: the gradient of act.
-        gate_TF: as in the forward; not modified.
-        up_TF: as in the forward; not modified.
+        gate_TF: as in the forward.
+        up_TF: as in the forward.
         kind: as in the forward.
         out: where to write dgate and dup, such as the halves of a packed gradient; new tensors if None.
+        overwrite: whether the results may take the place of `dact_TF`, `gate_TF` and `up_TF`, which nobody needs any
+            more; else these are not modified.
 
     Returns:
         `(dgate_TF, dup_TF, act_TF)`, dup None where up is; act has the forward's bits, for the gradient of the
@@ -56,10 +60,12 @@ def activate_backward(
     """
     act_TF = activate(gate_TF, None, kind)
     if up_TF is None:
-        return _through(dact_TF.clone(), gate_TF, kind), None, act_TF
-    dgate_TF, dup_TF = out if out is not None else (torch.empty_like(act_TF), torch.empty_like(act_TF))
-    torch.mul(dact_TF, act_TF, out=dup_TF)
+        return _through(dact_TF if overwrite else dact_TF.clone(), gate_TF, kind), None, act_TF
+    dgate_TF, dup_TF = out if out is not None else (torch.empty_like(act_TF), None)
     torch.mul(dact_TF, up_TF, out=dgate_TF)
+    if dup_TF is None:
+        dup_TF = dact_TF if overwrite else torch.empty_like(act_TF)
+    torch.mul(dact_TF, act_TF, out=dup_TF)
     return _through(dgate_TF, gate_TF, kind), dup_TF, act_TF.mul_(up_TF)
 
 

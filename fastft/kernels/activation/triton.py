@@ -117,17 +117,24 @@ def activate_backward(
     up_TF: Tensor | None,
     kind: ActivationKind,
     out: tuple[Tensor, Tensor] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """`(dgate_TF, dup_TF, act_TF)`; see `reference.activate_backward`.  The rows of `out` are contiguous."""
-    T, F = gate_TF.shape
+    """`(dgate_TF, dup_TF, act_TF)`; see `reference.activate_backward`.  The rows of `out` are contiguous.
 
-    def new() -> Tensor:
+    With `overwrite` nothing is allocated: each program reads its elements before it writes any.
+    """
+    T, F = gate_TF.shape
+    inputs = unit_stride(dact_TF), unit_stride(gate_TF), _optional_unit_stride(up_TF)
+
+    def at(place_TF: Tensor | None) -> Tensor:
+        if overwrite and place_TF is not None:
+            return place_TF
         return torch.empty((T, F), dtype=gate_TF.dtype, device=gate_TF.device)
 
-    dgate_TF, dup_TF = out if out is not None else (new(), None if up_TF is None else new())
-    act_TF = new()
+    dgate_TF, dup_TF = out if out is not None else (at(inputs[1]), None if up_TF is None else at(inputs[2]))
+    act_TF = at(inputs[0])
     if act_TF.numel():
-        inputs = unit_stride(dact_TF), unit_stride(gate_TF), _optional_unit_stride(up_TF)
         rows, width, strides = _walk(*inputs, dgate_TF, dup_TF, act_TF)
         blocks_per_row = triton.cdiv(width, _BLOCK_F)
         with device_guard(gate_TF):
