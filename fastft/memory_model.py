@@ -76,7 +76,9 @@ def memory_terms(shape: ModelShape, choices: Choices, config: RunConfig, device:
     # bitsandbytes quantizes the decoder layers' linears; embeddings, head, norms and biases keep the dtype.
     base = linear_weights * weight_bytes + (shape.parameters - linear_weights) * a
     trainable = shape.lora_parameters(config.lora.rank, config.lora.targets or shape.spec.targets)
-    adapters = trainable * (2 * _ADAPTER_BYTES + _OPTIMIZER_BYTES[config.optimizer])
+    # The fused layers read the adapters from a copy in their own dtype.
+    copy_bytes = a if choices.backend != "peft" and a != _ADAPTER_BYTES else 0
+    adapters = trainable * (2 * _ADAPTER_BYTES + copy_bytes + _OPTIMIZER_BYTES[config.optimizer])
     runtime = _CPU_RUNTIME_BYTES if device is not None and device.kind == "cpu" else 0
     dequantized = max(i * o for i, o in shape.linear_sizes.values()) * a if config.quantization != "none" else 0
 

@@ -54,7 +54,7 @@ def test_the_model_part_counts_weights_adapters_and_optimizer() -> None:
     config = RunConfig()
     trainable = SHAPE.lora_parameters(16, SHAPE.spec.targets)
     terms = memory_terms(SHAPE, choices(["light"]), config, GPU)
-    assert terms.model == 2 * SHAPE.parameters + trainable * (4 + 4 + 8)
+    assert terms.model == 2 * SHAPE.parameters + trainable * (4 + 4 + 2 + 8)
     small = memory_terms(SHAPE, choices(["light"]), RunConfig(optimizer="adamw_8bit"), GPU)
     assert 0 < terms.model - small.model < 6 * trainable
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fastft.engine.bank import ALIGNMENT, AdapterBank, bank_of
@@ -150,6 +151,8 @@ def _update(
     _hidden.setdefault(optimizer, []).extend((p, p.grad) for p in bank.parameters if p.grad is not None)
     for parameter in bank.parameters:
         parameter.grad = None
+    # Written through the buffer, they would look unchanged to a backward that comes too late.
+    increment_version(bank.parameters)
 
 
 def _current(optimizer: Any, flat: _Flat) -> bool:

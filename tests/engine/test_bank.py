@@ -196,6 +196,15 @@ def test_a_loaded_state_goes_on_as_it_would_have(toy, batch_of):
         assert torch.equal(p, adapters_of(twin)[name]), name
 
 
+def test_an_update_between_forward_and_backward_is_noticed(patched, batch_of):
+    model, _, _ = patched
+    optimizer = OPTIMIZERS["8 bit"](list(adapters_of(model).values()))
+    loss = model(**on_device(model, batch_of("none"))).loss
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_gradients_are_back_after_the_step(patched):
     model, _, _ = patched
     optimizer = OPTIMIZERS["8 bit"](list(adapters_of(model).values()))
