@@ -25,7 +25,7 @@ from fastft.memory_model import best_placement_under, recompute_flops
 from fastft.models.loading import DTYPES, load_model, load_tokenizer, resolve_model, torch_dtype
 from fastft.models.shapes import ModelShape
 from fastft.models.spec import SPECS
-from fastft.plan import POLICIES, Choices, Plan
+from fastft.plan import POLICIES, Choices, Plan, keeps_input_only
 from fastft.plan_store import PlanStore, read_foreign_plan
 
 log = logging.getLogger("fastft")
@@ -260,8 +260,8 @@ def _put_backend_in(
     if backend == "peft" or shape is None:
         # Hugging Face checkpoints all layers or none; left to choose without a plan, it takes what always fits.
         if checkpointing in ("auto", "unsloth"):
-            checkpointing = plan is None or "full" in plan.choices.placement
-        if checkpointing in (True, "full"):
+            checkpointing = plan is None or any(map(keeps_input_only, plan.choices.placement))
+        if checkpointing is True or (checkpointing in POLICIES and keeps_input_only(checkpointing)):
             adapted.gradient_checkpointing_enable({"use_reentrant": False})
             adapted.enable_input_require_grads()
         if backend != "peft":

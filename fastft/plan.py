@@ -24,6 +24,11 @@ OFFLOADED: dict[Policy, Policy] = {"offload_mlp": "mlp", "offload": "full"}
 """What is saved, and computed again, by the policies that use host memory."""
 
 
+def keeps_input_only(policy: Policy) -> bool:
+    """Whether a layer is computed again from its input: what stock gradient checkpointing does."""
+    return OFFLOADED.get(policy, policy) == "full"
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -24,6 +24,7 @@ from fastft.engine.state import EngineSettings, ModuleState, compute_dtype, orig
 from fastft.engine.support import why_no_layer
 from fastft.kernels.attention.library import Seen, choose_attention
 from fastft.kernels.attention.seen import documents_of, mask_of
+from fastft.plan import keeps_input_only
 
 _ROWS = "_fastft_real_rows"
 """The keyword by which the backbone tells its layers which rows are real."""
@@ -90,7 +91,7 @@ def layer_forward(
     if not torch.is_grad_enabled():
         return original(hidden_states, **arguments)
     settings.ledger.stock(state.name, "decoder_layer", reason)
-    if policy == "full" and self.training and past_key_values is None:
+    if keeps_input_only(policy) and self.training and past_key_values is None:
         # The stock layer honours the same placement in its own way; a cache must not be written twice.
         return checkpoint(original, hidden_states, use_reentrant=False, **arguments)
     return original(hidden_states, **arguments)

@@ -19,7 +19,7 @@ from fastft.errors import ConfigError, MeasureError
 from fastft.hardware import detect_device
 from fastft.models.loading import load_model, load_tokenizer, resolve_model, torch_dtype
 from fastft.models.spec import SPECS
-from fastft.plan import Choices
+from fastft.plan import Choices, keeps_input_only
 from fastft.training.optimizers import make_optimizer
 
 Batch = Mapping[str, torch.Tensor]
@@ -140,7 +140,7 @@ def build_session(config: RunConfig, choices: Choices, *, seed: int | None = Non
     )
     model = add_adapters(model, config, seed=seed)
     if choices.backend == "peft":
-        if set(choices.placement) == {"full"}:
+        if all(map(keeps_input_only, choices.placement)):
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
     else:

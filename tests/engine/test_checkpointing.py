@@ -81,7 +81,7 @@ def test_a_placement_that_was_chosen_stays(placement, toy, caplog):
     assert "gradient checkpointing stays as placed" in caplog.text
 
 
-@pytest.mark.parametrize("how", ["placement", "enabled", "enabled before"])
+@pytest.mark.parametrize("how", ["full", "offload", "enabled", "enabled before"])
 def test_a_stock_layer_honours_the_placement(how, toy, batch_of, step, error_of):
     model = toy()
     batch = batch_of("left")
@@ -91,7 +91,7 @@ def test_a_stock_layer_honours_the_placement(how, toy, batch_of, step, error_of)
     assert len(runs) == 1
     if how == "enabled before":
         model.gradient_checkpointing_enable()
-    patch_model(model, backend="eager", placement="full" if how == "placement" else None)
+    patch_model(model, backend="eager", placement=None if how.startswith("enabled") else how)
     if how == "enabled":
         model.gradient_checkpointing_enable()
     runs.clear()
