@@ -7,13 +7,14 @@ the buffers rotate, so that no call finds its inputs in the L2 cache.  `share` i
 device-to-device copy that moves the same number of bytes and is measured the same way.
 """
 
-import statistics
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+
+from bench.kernels.timing import replay_ms
 
 CALLS = 20
 """Calls captured into one graph; a round replays it once."""
@@ -84,19 +85,8 @@ def _capture(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _seconds_per_call(graph: torch.cuda.CUDAGraph, rounds: int = 20) -> float:
-    """The median over `rounds` replays, by CUDA events."""
-    for _ in range(3):
-        graph.replay()
-    times_ms = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times_ms.append(start.elapsed_time(end))
-    return statistics.median(times_ms) / 1e3 / CALLS
+def _seconds_per_call(graph: torch.cuda.CUDAGraph) -> float:
+    return replay_ms(graph) / 1e3 / CALLS
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -16,12 +16,13 @@ all ways agree.
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from bench.kernels.timing import replay_ms
 
 # T tokens, I in, O out, R rank of the group together
 
@@ -139,16 +140,7 @@ def microseconds(call: Callable[[], Any], calls: int = 10, rounds: int = 15) -> 
     with torch.cuda.graph(graph):
         for _ in range(calls):
             call()
-    graph.replay()
-    times_ms = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times_ms.append(start.elapsed_time(end))
-    return 1e3 * statistics.median(times_ms) / calls
+    return 1e3 * replay_ms(graph, rounds) / calls
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from fastft.backends import load_backend
 from fastft.engine.ledger import Ledger
 from fastft.engine.linear import LinearState, linear_forward
 from fastft.engine.norm import FrozenNorm
-from fastft.engine.state import STATE, EngineSettings, ModuleState, original_forward, state_of
+from fastft.engine.state import EngineSettings, ModuleState, original_forward, state_of, why_replaced
 from fastft.kernels.norm import Norm, NormKind
 
 
@@ -90,7 +90,7 @@ def _adapter(module: nn.Module, name: str, settings: EngineSettings) -> Part:
     if isinstance(module, AuxiliaryTrainingWrapper):
         return Part(module, name, "adapter", f"{type(module).__name__} trains more than an adapter", None, None)
     base = module.get_base_layer()  # type: ignore[operator]
-    reason = _replaced(module) or why_not_alone(module)
+    reason = why_replaced(module) or why_not_alone(module)
     # The quantization libraries' own linears are no subclasses of PyTorch's.
     if not (isinstance(base, nn.Linear | Conv1D) or "Linear" in type(base).__name__):
         return Part(module, name, "adapter", reason or f"{type(base).__name__} is no linear layer", None, None)
@@ -98,17 +98,13 @@ def _adapter(module: nn.Module, name: str, settings: EngineSettings) -> Part:
 
 
 def _norm(module: nn.Module, name: str, settings: EngineSettings) -> Part:
-    replaced = _replaced(module)
+    replaced = why_replaced(module)
     kind = None if replaced else rms_norm_kind(module)
     if kind is None:
         reason = replaced or f"{type(module).__name__} is not the RMSNorm that the engine knows"
         return Part(module, name, "norm", reason, None, None)
     state = NormState(settings, name, norm_kind=kind)
     return Part(module, name, "norm", _why_trained(module), rms_norm_forward, state)
-
-
-def _replaced(module: nn.Module) -> str | None:
-    return "its forward was replaced" if "forward" in module.__dict__ and STATE not in module.__dict__ else None
 
 
 @stand_in

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastft.engine.loss import IGNORED, labelled_rows, linear_cross_entropy, shifted_targets
 from fastft.engine.state import STATE, compute_dtype, original_forward, state_of
-from fastft.engine.support import why_no_head
+from fastft.engine.support import why_no_head, why_no_loss
 from fastft.kernels.cross_entropy import LogitTransform
 from fastft.models.spec import LayerSpec
 
@@ -44,7 +43,7 @@ def causal_lm_forward(
     if labels is None or not torch.is_grad_enabled() or not self.training:
         return original_forward(self)(**arguments, labels=labels, logits_to_keep=logits_to_keep)
     head = self.get_output_embeddings()  # type: ignore[operator]
-    reason = state.replaced or why_no_head(head) or _why_no_loss(self, logits_to_keep, kwargs)
+    reason = state.replaced or why_no_head(head) or _why_not_together(self, logits_to_keep, kwargs)
     if reason is not None:
         settings.ledger.stock(state.name, "head_and_loss", reason)
         return original_forward(self)(**arguments, labels=labels, logits_to_keep=logits_to_keep)
@@ -123,13 +122,12 @@ class LazyLogitsOutput(CausalLMOutputWithPast):
         return tuple(value for each in fields(self) if (value := getattr(self, each.name)) is not None)
 
 
-def _why_no_loss(model: nn.Module, logits_to_keep: int | torch.Tensor, kwargs: dict[str, Any]) -> str | None:
+def _why_not_together(model: nn.Module, logits_to_keep: int | torch.Tensor, kwargs: dict[str, Any]) -> str | None:
     if kwargs.get("return_dict") is False:
         return "a tuple was asked for"
     if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
         return "only some logits were asked for"
-    if model.loss_function is not ForCausalLMLoss:
-        return f"its loss function is {getattr(model.loss_function, '__name__', model.loss_function)}"
-    if kwargs.get("ignore_index", IGNORED) != IGNORED:
-        return "another ignore_index was asked for"
-    return None
+    reason = why_no_loss(model)
+    if reason is None and kwargs.get("ignore_index", IGNORED) != IGNORED:
+        reason = "another ignore_index was asked for"
+    return reason

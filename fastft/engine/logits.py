@@ -21,7 +21,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastft.engine.loss import IGNORED, linear_cross_entropy, shifted_targets
 from fastft.engine.state import EngineSettings, compute_dtype, original_forward, state_of
-from fastft.engine.support import why_no_head
+from fastft.engine.support import why_no_head, why_no_loss
 
 _READS_NO_LOGIT = {
     getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")
@@ -130,10 +130,7 @@ def _deferring_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def why_not_together(model: nn.Module) -> str | None:
     """Why head and loss of this model cannot run together, or None where its forward decides."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if model.loss_function is not ForCausalLMLoss:
-        return f"its loss function is {getattr(model.loss_function, '__name__', model.loss_function)}"
-    return why_no_head(head)
+    return why_no_loss(model) or why_no_head(model.get_output_embeddings())  # type: ignore[operator]
 
 
 def _labels(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

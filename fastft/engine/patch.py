@@ -33,7 +33,7 @@ from fastft.engine.head import causal_lm_forward
 from fastft.engine.ledger import Ledger
 from fastft.engine.logits import DEFERRING_FORWARDS, deferring_forward_of, why_not_together
 from fastft.engine.norm import norm_forward
-from fastft.engine.state import STATE, EngineSettings, ModuleState, Placed, policy_of, state_of
+from fastft.engine.state import STATE, EngineSettings, ModuleState, Placed, policy_of, state_of, why_replaced
 from fastft.engine.support import why_no_head, why_no_layer, why_no_norm
 from fastft.errors import ConfigError, ModelError, unknown_choice
 from fastft.kernels.attention.library import ATTENTION
@@ -116,13 +116,17 @@ def patch_model(
         choose_placement=chooser,
         graphs=graphs,
     )
-    head_reason = _replaced(causal_lm) or why_no_head(causal_lm.get_output_embeddings())
+    head_reason = why_replaced(causal_lm) or why_no_head(causal_lm.get_output_embeddings())
     _note(ledger, "lm_head", "head_and_loss", ops.name, head_reason)
     for index, layer in enumerate(layers):
         _note(
-            ledger, f"{spec.layers}.{index}", "decoder_layer", ops.name, _replaced(layer) or why_no_layer(layer, spec)
+            ledger,
+            f"{spec.layers}.{index}",
+            "decoder_layer",
+            ops.name,
+            why_replaced(layer) or why_no_layer(layer, spec),
         )
-    _note(ledger, spec.final_norm, "norm", ops.name, _replaced(final_norm) or why_no_norm(final_norm, spec))
+    _note(ledger, spec.final_norm, "norm", ops.name, why_replaced(final_norm) or why_no_norm(final_norm, spec))
 
     parts = [
         part for part in find_parts(causal_lm, settings) if part.kind != "adapter" and part.module is not final_norm
@@ -172,7 +176,7 @@ def _patch_parts_only(
     )
     has_head = isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
     if has_head:
-        _note(ledger, "lm_head", "head_and_loss", ops.name, _replaced(model) or why_not_together(model))
+        _note(ledger, "lm_head", "head_and_loss", ops.name, why_replaced(model) or why_not_together(model))
     for name, _ in decoder_layers(model):
         ledger.beyond(name, "decoder_layer", unspecified)
     parts = list(find_parts(model, settings))
@@ -188,7 +192,7 @@ def _patch_parts_only(
 
 def _install_parts(parts: Sequence[Part]) -> None:
     for part in parts:
-        if part.forward is not None and part.state is not None and _replaced(part.module) is None:
+        if part.forward is not None and part.state is not None and why_replaced(part.module) is None:
             _install(part.module, part.forward, part.state)
 
 
@@ -257,13 +261,6 @@ def _note(ledger: Ledger, name: str, kind: str, backend: str, reason: str | None
 _FORWARDS = (causal_lm_forward, backbone_forward, layer_forward, norm_forward, linear_forward, rms_norm_forward)
 
 
-def _replaced(module: nn.Module) -> str | None:
-    """The reason in the ledger where somebody else gave this module, as an instance, another `forward` before."""
-    if "forward" in module.__dict__ and STATE not in module.__dict__:
-        return "its forward was replaced"
-    return None
-
-
 def _install(module: nn.Module, forward: Callable[..., Any], state: ModuleState) -> None:
     if STATE in module.__dict__:
         # A wrapper over an earlier patch is still there, and what it calls is this very forward: a second one on top
@@ -307,7 +304,7 @@ def _gradient_checkpointing_enable(
         log.info("gradient checkpointing stays as placed: %s", ", ".join(settings.placement))
         return
     if offload:
-        log.warning("activation offload is not available yet; the layers' inputs stay on the device")
+        log.warning("the layers' inputs stay on the device; patch_model(placement='offload') keeps them in host memory")
     for index, layer in enumerate(_layers(self)):
         layer.gradient_checkpointing = index % every_n_layers == 0
         layer._gradient_checkpointing_func = _call

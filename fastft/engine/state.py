@@ -18,6 +18,7 @@ STATE = "_fastft"
 """The attribute under which a patched module keeps its `ModuleState`."""
 
 
+REPLACED = "its forward was replaced"
 _SIZE_STEP = 64
 
 
@@ -71,7 +72,12 @@ class ModuleState:
     @property
     def replaced(self) -> str | None:
         """The reason not to run fused what somebody else had already given another `forward`."""
-        return None if self.original is None else "its forward was replaced"
+        return None if self.original is None else REPLACED
+
+
+def why_replaced(module: nn.Module) -> str | None:
+    """The reason in the ledger where somebody else gave this module, as an instance, another `forward` before."""
+    return REPLACED if "forward" in module.__dict__ and STATE not in module.__dict__ else None
 
 
 def state_of(module: nn.Module) -> ModuleState:

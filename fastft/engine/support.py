@@ -1,8 +1,10 @@
 """What the engine can run, asked of the modules as they are now; each answer is a reason for the ledger."""
 
 from operator import attrgetter
+from typing import Any
 
 from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastft.adapters.lora import why_called, why_not_fused
 from fastft.models.spec import ACTIVATIONS, LayerSpec
@@ -67,6 +69,13 @@ def why_no_norm(norm: nn.Module, spec: LayerSpec) -> str | None:
         return "its weight is trained"
     if getattr(getattr(norm, "bias", None), "requires_grad", False):
         return "its bias is trained"
+    return None
+
+
+def why_no_loss(model: Any) -> str | None:
+    """Why this model's loss is not the cross-entropy that the engine computes, or None where it is."""
+    if model.loss_function is not ForCausalLMLoss:
+        return f"its loss function is {getattr(model.loss_function, '__name__', model.loss_function)}"
     return None
 
 
