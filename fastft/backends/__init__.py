@@ -9,11 +9,14 @@ The names and signatures of the operations are in `docs/design.md`.
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from fastft.errors import BackendError, unknown_choice
+
+if TYPE_CHECKING:
+    from fastft.kernels.adapted.triton import Gradients
 
 BACKEND_NAMES = ("eager", "peft", "triton")
 
@@ -29,6 +32,12 @@ class Backend(NamedTuple):
     activate_backward: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]
     rope_: Callable[..., torch.Tensor]
     cross_entropy_: Callable[..., torch.Tensor]
+    activate_adapted: Callable[..., torch.Tensor] | None = None
+    """None, as the two below, where an adapter is cheapest added where it is made."""
+    activate_adapted_backward: Callable[..., "Gradients"] | None = None
+    add_adapted: Callable[..., torch.Tensor] | None = None
+    max_rank: int = 0
+    """The largest rank that these three take."""
 
 
 def _eager() -> Backend:
@@ -43,6 +52,7 @@ def _eager() -> Backend:
 def _triton() -> Backend:
     try:
         from fastft.kernels.activation import triton as activation
+        from fastft.kernels.adapted import triton as adapted
         from fastft.kernels.cross_entropy import triton as cross_entropy
         from fastft.kernels.norm import triton as norm
         from fastft.kernels.rope import triton as rope
@@ -50,7 +60,12 @@ def _triton() -> Backend:
         raise BackendError(
             "backend triton needs the triton package", got=str(error), fix="pip install 'triton>=3.6' on Linux"
         ) from error
-    return _collect("triton", norm, activation, rope, cross_entropy)
+    return _collect("triton", norm, activation, rope, cross_entropy)._replace(
+        activate_adapted=adapted.activate,
+        activate_adapted_backward=adapted.activate_backward,
+        add_adapted=adapted.add,
+        max_rank=adapted.MAX_RANK,
+    )
 
 
 def _collect(name: str, norm: Any, activation: Any, rope: Any, cross_entropy: Any) -> Backend:

@@ -13,13 +13,17 @@ from typing import NamedTuple
 
 import torch
 
-from fastft.engine.parts import LayerCall, LayerParts, StepContext
+from fastft.adapters.lora import AdaptedLinear
+from fastft.engine.parts import LayerCall, StepContext
+from fastft.kernels.lora_linear import AdapterTerm
 from fastft.kernels.lora_linear.reference import (
-    adapter_gradients,
+    ScaledInput,
+    a_gradients,
+    adapter_terms,
+    b_gradients,
     input_gradient,
     lora_linear,
     lora_linear_backward,
-    low_rank,
     low_rank_gradient,
 )
 from fastft.kernels.norm import Norm
@@ -54,20 +58,19 @@ class _Activations(NamedTuple):
     rstd2: torch.Tensor | None = None
     h2: torch.Tensor | None = None
     gate: torch.Tensor | None = None
-    """Where there is no gate: the activation's input."""
+    """Where there is no gate: the activation's input.  Without their adapters' terms where the activation adds them."""
     up: torch.Tensor | None = None
     low_gate_up: torch.Tensor | None = None
-    act: torch.Tensor | None = None
     low_down: torch.Tensor | None = None
     down: torch.Tensor | None = None
     """What the norm behind the MLP takes."""
     down_rstd: torch.Tensor | None = None
 
 
-_FULL = frozenset({"x"})
-_MLP = _FULL | {"rstd1", "q_in", "k_in", "q", "k", "v", "low_qkv", "attended", "low_o", "o", "x2", "rstd2"}
-_MLP |= {"down", "down_rstd"}
-_LIGHT = _MLP | {"gate", "up", "low_gate_up", "low_down"}
+# Narrow ones are saved always: they weigh little, and to make them again is to read all that they are made of.
+_FULL = frozenset({"x", "low_qkv", "low_o", "low_gate_up", "low_down"})
+_MLP = _FULL | {"rstd1", "q_in", "k_in", "q", "k", "v", "attended", "o", "x2", "rstd2", "down", "down_rstd"}
+_LIGHT = _MLP | {"gate", "up"}
 _KEEP = frozenset(_Activations._fields)
 SAVED: dict[Policy, frozenset[str]] = {
     "keep": _KEEP,
@@ -93,12 +96,8 @@ def forward_layer(x_TD: torch.Tensor, call: LayerCall) -> tuple[torch.Tensor, Sa
     made, attention_saved = _attention_block(_Activations(x_TD), call)
     made = _gate_up_block(made, call)
     made, y = _down_block(made, call)
-    y, down_rstd = _behind(y, call.parts.post_mlp_norm, call)
-    assert made.x2 is not None
-    # Nobody else holds y: it is new, and so is what a norm makes of it.
-    torch.add(made.x2, y, alpha=call.parts.residual_multiplier, out=y)
-    made = made._replace(down_rstd=down_rstd)
-    saved = _saved_names(call.policy, call.parts)
+    made, y = _second_residual(made, y, call)
+    saved = _saved_names(call, x_TD.dtype)
     kept = _Activations(*(t if name in saved else None for name, t in made._asdict().items()))  # type: ignore[arg-type]
     return y, Saved(kept, attention_saved if "attended" in saved else ())
 
@@ -117,16 +116,20 @@ def backward_layer(
         made = _residual_block(made, made.o, call)
     dx2, dh1, mlp_gradients = _mlp_backward(dy_TD, made, call, overwrite)
     # Freed before attention's backward, where the other large intermediates live.
-    made = made._replace(gate=None, up=None, act=None, h2=None, down=None)
+    made = made._replace(gate=None, up=None, h2=None, down=None)
     del saved
     dx, attention_gradients = _attention_backward(dx2, dh1, made, attention_saved, call, needs_dx)
     return dx, [*attention_gradients, *mlp_gradients]
 
 
-def _saved_names(policy: Policy, parts: LayerParts) -> frozenset[str]:
+def _saved_names(call: LayerCall, dtype: torch.dtype) -> frozenset[str]:
     """What is saved of this layer: of what a norm takes and what it gives, only the one, unless all is kept."""
-    names = SAVED[policy]
-    if policy == "keep":
+    names, parts = SAVED[call.policy], call.parts
+    if _scales(parts.input_norm, parts.qkv, dtype):
+        names -= {"h1"}
+    if _scales(parts.mlp_norm, parts.gate_up, dtype):
+        names -= {"h2"}
+    if call.policy == "keep":
         return names
     if parts.head_norms is not None:
         names -= {"q", "k"}
@@ -139,7 +142,7 @@ def _attention_block(made: _Activations, call: LayerCall) -> tuple[_Activations,
     """From x to x₂ and the MLP's normalised input."""
     parts, context = call.parts, call.context
     h1, rstd1 = call.ops.normalise(made.x, parts.input_norm)
-    outputs, low_qkv = lora_linear(h1, parts.qkv, seed=call.seed + _QKV)
+    outputs, low_qkv = lora_linear(h1, parts.qkv, seed=call.seed + _QKV, low_TR=made.low_qkv)
     # Those of a packed linear are views of its output.
     q, k, v = outputs if len(outputs) == 3 else outputs[0].split(parts.qkv_columns, dim=1)
     made = _heads_block(made._replace(rstd1=rstd1, h1=h1, v=v, low_qkv=low_qkv), q, k, call)
@@ -149,7 +152,7 @@ def _attention_block(made: _Activations, call: LayerCall) -> tuple[_Activations,
     per_sequence = (_per_sequence(t, context, parts.head_dim) for t in (made.q, made.k, v))
     attended, attention_saved = context.attention.forward(*per_sequence, context.seen, parts.scale)
     attended = pick_rows(attended.flatten(0, 1).flatten(1), context.rows_R)
-    (o,), low_o = lora_linear(attended, (parts.o,), seed=call.seed + _O)
+    (o,), low_o = lora_linear(attended, (parts.o,), seed=call.seed + _O, low_TR=made.low_o)
     return _residual_block(made._replace(attended=attended, low_o=low_o), o, call), attention_saved
 
 
@@ -183,28 +186,84 @@ def _residual_block(made: _Activations, o: torch.Tensor | None, call: LayerCall)
 def _gate_up_block(made: _Activations, call: LayerCall) -> _Activations:
     """From x₂ (or its normalised form, where that is at hand) to gate and up."""
     parts = call.parts
-    h2 = made.h2
-    if h2 is None and parts.mlp_norm is None:
-        h2, _ = call.ops.normalise(made.x, parts.input_norm)
-        made = made._replace(h1=h2)
-    elif h2 is None:
-        h2, _ = call.ops.normalise(made.x2, parts.mlp_norm)
-    made = made._replace(h2=h2)
     if made.gate is not None:
         return made
-    outputs, low = lora_linear(h2, parts.gate_up, seed=call.seed + _GATE_UP)
+    made = _mlp_input(made, call)
+    assert made.h2 is not None
+    outputs, low = lora_linear(
+        made.h2,
+        parts.gate_up,
+        seed=call.seed + _GATE_UP,
+        low_TR=made.low_gate_up,
+        add_terms=not _activation_adds(call),
+    )
     gate, up = outputs[0], None
     if parts.gated:
         gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=1)
     return made._replace(gate=gate, up=up, low_gate_up=low)
 
 
+def _mlp_input(made: _Activations, call: LayerCall) -> _Activations:
+    """h₂, where it is not at hand."""
+    if made.h2 is not None:
+        return made
+    if call.parts.mlp_norm is None:
+        h1, _ = call.ops.normalise(made.x, call.parts.input_norm)
+        return made._replace(h1=h1, h2=h1)
+    return made._replace(h2=call.ops.normalise(made.x2, call.parts.mlp_norm)[0])
+
+
 def _down_block(made: _Activations, call: LayerCall) -> tuple[_Activations, torch.Tensor]:
-    """From gate and up to the down projection's output."""
-    act = call.ops.activate(made.gate, made.up, call.parts.activation)
-    (down,), low_down = lora_linear(act, (call.parts.down,), seed=call.seed + _DOWN)
-    made = made._replace(act=act, low_down=low_down)
-    return (made if call.parts.post_mlp_norm is None else made._replace(down=down)), down
+    """From gate and up to the down projection's output, without its adapter's term where the residual adds that."""
+    parts = call.parts
+    if _activation_adds(call):
+        act = call.ops.activate_adapted(made.gate, made.up, parts.activation, *_gate_up_terms(made, call))  # type: ignore[misc]
+    else:
+        act = call.ops.activate(made.gate, made.up, parts.activation)
+    (down,), low_down = lora_linear(
+        act, (parts.down,), seed=call.seed + _DOWN, low_TR=made.low_down, add_terms=not _residual_adds(call)
+    )
+    made = made._replace(low_down=low_down)
+    return (made if parts.post_mlp_norm is None else made._replace(down=down)), down
+
+
+def _second_residual(made: _Activations, y: torch.Tensor, call: LayerCall) -> tuple[_Activations, torch.Tensor]:
+    """The layer's output, from the down projection's, in its place or that of what a norm makes of it."""
+    parts = call.parts
+    assert made.x2 is not None
+    if _residual_adds(call):
+        (term,) = adapter_terms(made.low_down, (parts.down,))
+        return made, call.ops.add_adapted(y, made.x2, term, parts.residual_multiplier)  # type: ignore[misc]
+    y, down_rstd = _behind(y, parts.post_mlp_norm, call)
+    return made._replace(down_rstd=down_rstd), torch.add(made.x2, y, alpha=parts.residual_multiplier, out=y)
+
+
+def _activation_adds(call: LayerCall) -> bool:
+    """Whether the activation adds the terms of gate and up, and its backward that of down."""
+    parts, ops = call.parts, call.ops
+    linears = (*parts.gate_up, parts.down)
+    ranks = [linear.a.shape[0] for linear in linears if linear.a is not None]
+    # A dropped input of the down projection is another one than the activation.
+    return ops.activate_adapted is not None and 0 < max(ranks, default=0) <= ops.max_rank and not parts.down.dropout
+
+
+def _residual_adds(call: LayerCall) -> bool:
+    """Whether the residual addition adds the term of down."""
+    parts, a = call.parts, call.parts.down.a
+    no_norm = parts.post_mlp_norm is None
+    return no_norm and call.ops.add_adapted is not None and a is not None and a.shape[0] <= call.ops.max_rank
+
+
+def _gate_up_terms(made: _Activations, call: LayerCall) -> tuple[AdapterTerm | None, AdapterTerm | None]:
+    """What the adapters add to gate and to up."""
+    terms = adapter_terms(made.low_gate_up, call.parts.gate_up)
+    if len(terms) == 2:
+        return terms[0], terms[1]
+    (term,) = terms
+    if term is None or not call.parts.gated:
+        return term, None
+    gate, up = term.matrix_RO.chunk(2, dim=1)
+    return term._replace(matrix_RO=gate), term._replace(matrix_RO=up)
 
 
 def _mlp_backward(
@@ -212,47 +271,71 @@ def _mlp_backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
     """From dy to dx₂, to the part of dh₁ that comes from the MLP where that reads h₁, and the gradients of the
     adapters of gate, up and down (A, B each)."""
-    parts, down = call.parts, (call.parts.down,)
-    seed = call.seed + _DOWN
+    parts = call.parts
     overwrite = overwrite or made.gate is None  # what is computed again here is nobody else's
     made = _gate_up_block(made, call)
     if parts.post_mlp_norm is not None and made.down is None:
-        made = _down_block(made, call)[0]._replace(act=None)
+        made = _down_block(made, call)[0]
     ddown = _behind_backward(dy, made.down, made.down_rstd, parts.post_mlp_norm, call)
-    dlow_down = low_rank_gradient((ddown,), down)
-    dact = input_gradient((ddown,), dlow_down, down, seed=seed)
-    gate_up_gradients, act = _activate_backward(dact, made, call, overwrite)
+    d = _through_activation(ddown, made, call, overwrite)
+    del ddown
+    seed = call.seed + _GATE_UP
     made = made._replace(gate=None, up=None)
-    del dact
-    low_down = made.low_down
-    if low_down is None:
-        low_down = low_rank(act, down, seed)
-    da_down, db_down = adapter_gradients((ddown,), dlow_down, act, low_down, down, seed=seed)
-    del act, ddown
-    assert made.h2 is not None
-    gate_up = lora_linear_backward(
-        gate_up_gradients, made.h2, made.low_gate_up, parts.gate_up, seed=call.seed + _GATE_UP
-    )
-    del gate_up_gradients
-    gradients = _interleave(gate_up.da, gate_up.db) + _interleave(da_down, db_down)
+    dlow = low_rank_gradient(d.gate_up, parts.gate_up)
+    if dlow is not None and not _scales(parts.mlp_norm, parts.gate_up, dy.dtype):
+        made = _mlp_input(made, call)
+    x = _input(made.x2, made.h2, made.rstd2, parts.mlp_norm, parts.gate_up)
+    da = a_gradients(dlow, x, parts.gate_up, seed=seed)
+    dh2 = input_gradient(d.gate_up, dlow, parts.gate_up, seed=seed)
+    gradients = [*_interleave(da, d.db_gate_up), d.da_down, d.db_down]
     if parts.mlp_norm is None:
-        return dy, gate_up.dx_TI, gradients
-    return call.ops.normalise_backward(gate_up.dx_TI, made.x2, parts.mlp_norm, made.rstd2, dy), None, gradients
+        return dy, dh2, gradients
+    return call.ops.normalise_backward(dh2, made.x2, parts.mlp_norm, made.rstd2, dy), None, gradients
 
 
-def _activate_backward(
-    dact: torch.Tensor, made: _Activations, call: LayerCall, overwrite: bool
-) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
-    """The gradients of the outputs of gate and up, as their linears have them, and the activation again."""
-    parts = call.parts
+class _ActivationGradients(NamedTuple):
+    """What the backward from the down projection's output to those of gate and up gives."""
+
+    gate_up: Sequence[torch.Tensor]
+    """As their linears have them: one each, or one for both."""
+    db_gate_up: list[torch.Tensor | None]
+    da_down: torch.Tensor | None
+    db_down: torch.Tensor | None
+
+
+def _through_activation(
+    ddown: torch.Tensor, made: _Activations, call: LayerCall, overwrite: bool
+) -> _ActivationGradients:
+    """From the gradient of the down projection's output to those of gate and up, and what adapters there are."""
+    parts, down, seed = call.parts, (call.parts.down,), call.seed + _DOWN
+    dlow = low_rank_gradient((ddown,), down)
+    (db_down,) = b_gradients((ddown,), made.low_down, down)
+    adds = _activation_adds(call)
+    dact = input_gradient((ddown,), None if adds else dlow, down, seed=seed)
     packed = dact.new_empty(dact.shape[0], 2 * dact.shape[1]) if parts.gated and len(parts.gate_up) == 1 else None
     halves = None if packed is None else packed.chunk(2, dim=1)
-    dgate, dup, act = call.ops.activate_backward(
-        dact, made.gate, made.up, parts.activation, halves, overwrite=overwrite
+    if not adds:
+        dgate, dup, act = call.ops.activate_backward(
+            dact, made.gate, made.up, parts.activation, halves, overwrite=overwrite
+        )
+        (da_down,) = a_gradients(dlow, act, down, seed=seed)
+        together = (packed,) if packed is not None else (dgate,) if dup is None else (dgate, dup)
+        return _ActivationGradients(together, b_gradients(together, made.low_gate_up, parts.gate_up), da_down, db_down)
+    a = parts.down.a
+    dact_term = None if dlow is None or a is None else AdapterTerm(dlow, a.to(dlow.dtype))
+    d = call.ops.activate_adapted_backward(  # type: ignore[misc]
+        dact, made.gate, made.up, parts.activation, *_gate_up_terms(made, call), dact_term, halves, overwrite=overwrite
     )
+    dbs: list[torch.Tensor | None] = [d.db_gate_FR, d.db_up_FR]
+    together = (d.dgate_TF,) if d.dup_TF is None else (d.dgate_TF, d.dup_TF)
     if packed is not None:
-        return (packed,), act
-    return ((dgate,) if dup is None else (dgate, dup)), act
+        halves_of_b = [db for db in dbs if db is not None]
+        dbs = [torch.cat(halves_of_b) if halves_of_b else None]
+        together = (packed,)
+    matrices = [linear.b for linear in parts.gate_up]
+    db_gate_up = [None if b is None or db is None else db.to(b.dtype) for b, db in zip(matrices, dbs, strict=False)]
+    da_down = None if a is None or d.da_down_RF is None else d.da_down_RF.to(a.dtype)
+    return _ActivationGradients(together, db_gate_up, da_down, db_down)
 
 
 def _attention_backward(
@@ -283,13 +366,13 @@ def _attention_backward(
     del d_qkv
     rows[:2] = _heads_backward(rows[0], rows[1], made, call)
     h1 = made.h1
-    if h1 is None and any(linear.a is not None for linear in parts.qkv):
+    adapted = any(linear.a is not None for linear in parts.qkv)
+    if h1 is None and adapted and not _scales(parts.input_norm, parts.qkv, made.x.dtype):
         h1, _ = call.ops.normalise(made.x, parts.input_norm)
     dy = rows if len(parts.qkv) == len(rows) else [torch.cat(rows, dim=1)]
     del rows
-    qkv = lora_linear_backward(
-        dy, h1 if h1 is not None else made.x, made.low_qkv, parts.qkv, seed=call.seed + _QKV, needs_dx=needs_dx
-    )
+    x = _input(made.x, h1, made.rstd1, parts.input_norm, parts.qkv)
+    qkv = lora_linear_backward(dy, x, made.low_qkv, parts.qkv, seed=call.seed + _QKV, needs_dx=needs_dx)
     gradients = _interleave(qkv.da, qkv.db) + _interleave(o.da, o.db)
     if not needs_dx:
         return None, gradients
@@ -297,6 +380,31 @@ def _attention_backward(
     if dh1 is not None:
         qkv.dx_TI.add_(dh1)
     return call.ops.normalise_backward(qkv.dx_TI, made.x, parts.input_norm, made.rstd1, dx2), gradients
+
+
+def _scales(norm: Norm | None, group: Sequence[AdaptedLinear], dtype: torch.dtype) -> bool:
+    """Whether the gradients of the group's A are made from what the norm in front of it takes, not from what it gives.
+
+    An RMS norm only scales rows and columns, and those of a narrow matrix are scaled sooner.  fp16 might not hold the
+    scaled gradient, and dropout is of the norm's output.
+    """
+    if norm is None or norm.kind == "layer" or dtype == torch.float16:
+        return False
+    return not any(linear.dropout > 0 for linear in group)
+
+
+def _input(
+    x_TD: torch.Tensor | None,
+    h_TD: torch.Tensor | None,
+    rstd_T: torch.Tensor | None,
+    norm: Norm | None,
+    group: Sequence[AdaptedLinear],
+) -> torch.Tensor | ScaledInput | None:
+    """A group's input for the gradients of A: what its norm gives (None if no adapter asks for it), or what it takes
+    and by what it scales that."""
+    if norm is not None and x_TD is not None and rstd_T is not None and _scales(norm, group, x_TD.dtype):
+        return ScaledInput(x_TD, rstd_T, norm.weight_D + 1 if norm.kind == "rms_unit_offset" else norm.weight_D)
+    return h_TD
 
 
 def _heads_backward(

@@ -395,7 +395,7 @@ def test_gradients_with_dropout_equal_autograd_of_the_written_out_layer(toy):
 
 def test_what_the_policies_save():
     assert SAVED["full"] < SAVED["mlp"] < SAVED["light"] < SAVED["keep"]
-    assert SAVED["full"] == {"x"}
+    assert {name for name in SAVED["full"] if not name.startswith("low_")} == {"x"}
 
 
 def _saved_bytes(model: Any, batch: dict[str, Tensor], placement: Any) -> int:

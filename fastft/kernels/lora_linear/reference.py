@@ -1,8 +1,8 @@
 """LoRA linear layers over the library's GEMM.
 
 Layers that share an input (q, k, v; gate, up) form a group.  Their A matrices are stacked, so the input is read
-once for all of them, and scaling · a·Bᵀ is added by the GEMM itself (`addmm_` with alpha) instead of by two
-passes over the output.
+once for all of them, and the wide product adds itself to what the adapter makes (`addmm_`) instead of the other way
+round, or the term is left to whoever reads the output next (`kernels.adapted`).
 
 Legend: T tokens, I in, O out, R rank, G layers of the group.
 """
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+
+from fastft.kernels.lora_linear import AdapterTerm
 
 
 class Linear(Protocol):
@@ -40,6 +42,15 @@ class Linear(Protocol):
         """(O × I) in `dtype`."""
 
 
+class ScaledInput(NamedTuple):
+    """diag(rows)·x·diag(columns), not written out: what an RMS norm makes of x, but for its roundings."""
+
+    x_TI: torch.Tensor
+    rows_T: torch.Tensor
+    """fp32."""
+    columns_I: torch.Tensor
+
+
 class GroupGradients(NamedTuple):
     """Gradients of a group: of its input, and of each layer's A and B (None without an adapter)."""
 
@@ -49,31 +60,56 @@ class GroupGradients(NamedTuple):
 
 
 def lora_linear(
-    x_TI: torch.Tensor, group: Sequence[Linear], *, seed: int = 0
+    x_TI: torch.Tensor,
+    group: Sequence[Linear],
+    *,
+    seed: int = 0,
+    low_TR: torch.Tensor | None = None,
+    add_terms: bool = True,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """The outputs (T × O) of every layer of the group, and x·Aᵀ of all adapters side by side (T × ΣR) or None.
 
-    `seed` fixes the dropout masks: the same seed gives the same masks, so a recomputation repeats them.
+    Args:
+        x_TI: the group's input.
+        group: the layers.
+        seed: fixes the dropout masks: the same seed gives the same masks, so a recomputation repeats them.
+        low_TR: x·Aᵀ, where it is known from an earlier call.
+        add_terms: whether the outputs hold what the adapters add; else whoever reads them adds `adapter_terms`.
     """
-    low_TR = low_rank(x_TI, group, seed)
-    outputs = []
-    offset = 0
-    for layer in group:
-        weight_IO = layer.weight(x_TI.dtype).t()
-        y_TO = (
-            torch.mm(x_TI, weight_IO) if layer.bias is None else torch.addmm(layer.bias.to(x_TI.dtype), x_TI, weight_IO)
-        )
-        if layer.b is not None and low_TR is not None:
-            rank = layer.b.shape[1]
-            y_TO.addmm_(low_TR[:, offset : offset + rank], layer.b.to(x_TI.dtype).t(), alpha=layer.scaling)
-            offset += rank
-        outputs.append(y_TO)
-    return outputs, low_TR
+    if low_TR is None:
+        low_TR = low_rank(x_TI, group, seed)
+    terms = adapter_terms(low_TR, group) if add_terms else [None] * len(group)
+    return [_output(x_TI, layer, term) for layer, term in zip(group, terms, strict=True)], low_TR
+
+
+def adapter_terms(low_TR: torch.Tensor | None, group: Sequence[Linear]) -> list[AdapterTerm | None]:
+    """What each layer's adapter adds to its output; None without an adapter."""
+    terms: list[AdapterTerm | None] = [None] * len(group)
+    if low_TR is not None:
+        for g, low, _ in _slices(low_TR, group):
+            b = group[g].b
+            assert b is not None
+            terms[g] = AdapterTerm(low, b.to(low.dtype).t(), group[g].scaling)
+    return terms
+
+
+def _output(x_TI: torch.Tensor, layer: Linear, term: AdapterTerm | None) -> torch.Tensor:
+    """x·Wᵀ + bias + term.  The wide product comes last, on top of the others: it reads what it adds to while it
+    computes, which costs less than a pass of its own over the output (`bench.kernels.lora_strategies`)."""
+    weight_IO = layer.weight(x_TI.dtype).t()
+    bias = None if layer.bias is None else layer.bias.to(x_TI.dtype)
+    if term is None:
+        return torch.mm(x_TI, weight_IO) if bias is None else torch.addmm(bias, x_TI, weight_IO)
+    if bias is None:
+        y_TO = _scaled_product(term.low_TR, term.matrix_RO, term.scaling)
+    else:
+        y_TO = torch.addmm(bias, term.low_TR, term.matrix_RO, alpha=term.scaling)
+    return y_TO.addmm_(x_TI, weight_IO)
 
 
 def lora_linear_backward(
     dy: Sequence[torch.Tensor],
-    x_TI: torch.Tensor,
+    x_TI: "torch.Tensor | ScaledInput | None",
     low_TR: torch.Tensor | None,
     group: Sequence[Linear],
     *,
@@ -86,46 +122,66 @@ def lora_linear_backward(
     frozen W has no gradient.
     """
     dlow_TR = low_rank_gradient(dy, group)
-    da, db = adapter_gradients(dy, dlow_TR, x_TI, low_TR, group, seed=seed)
+    da, db = a_gradients(dlow_TR, x_TI, group, seed=seed), b_gradients(dy, low_TR, group)
     dx_TI = input_gradient(dy, dlow_TR, group, seed=seed) if needs_dx else None
     return GroupGradients(dx_TI, da, db)
 
 
-def adapter_gradients(
-    dy: Sequence[torch.Tensor],
-    dlow_TR: torch.Tensor | None,
-    x_TI: torch.Tensor,
-    low_TR: torch.Tensor | None,
-    group: Sequence[Linear],
-    *,
-    seed: int = 0,
-) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """dA (R × I) and dB (O × R) of every layer, each in its adapter's dtype; None without an adapter."""
+def a_gradients(
+    dlow_TR: torch.Tensor | None, x_TI: "torch.Tensor | ScaledInput | None", group: Sequence[Linear], *, seed: int = 0
+) -> list[torch.Tensor | None]:
+    """dA (R × I) of every layer in its adapter's dtype; None without an adapter, or where nobody kept the input.
+
+    A `ScaledInput` needs a group without dropout.
+    """
+    da: list[torch.Tensor | None] = [None] * len(group)
+    if dlow_TR is None or x_TI is None:
+        return da
+    if _dropout(group):
+        assert isinstance(x_TI, torch.Tensor)
+        for g, dlow, a in _slices(dlow_TR, group):
+            da[g] = torch.mm(dlow.t(), _dropped(x_TI, group[g], seed + g)).to(a.dtype)
+        return da
+    # One product over the whole input for all adapters of the group.
+    if isinstance(x_TI, ScaledInput):
+        scaled_TR = torch.mul(dlow_TR, x_TI.rows_T[:, None], out=torch.empty_like(dlow_TR))
+        stacked_RI = torch.mm(scaled_TR.t(), x_TI.x_TI).mul_(x_TI.columns_I)
+    else:
+        stacked_RI = torch.mm(dlow_TR.t(), x_TI)
+    for g, rows, a in _slices(stacked_RI.t(), group):
+        da[g] = rows.t().to(a.dtype)
+    return da
+
+
+def b_gradients(
+    dy: Sequence[torch.Tensor], low_TR: torch.Tensor | None, group: Sequence[Linear]
+) -> list[torch.Tensor | None]:
+    """dB (O × R) of every layer in its adapter's dtype; None without an adapter."""
     db: list[torch.Tensor | None] = [None] * len(group)
-    if dlow_TR is None or low_TR is None:
-        return list(db), db
-    for g, low, _ in _slices(low_TR, group):
-        b = group[g].b
-        assert b is not None
-        db[g] = torch.mm(dy[g].t(), low).mul_(group[g].scaling).to(b.dtype)
-    return _down_gradients(dlow_TR, x_TI, group, seed), db
+    if low_TR is not None:
+        for g, low, _ in _slices(low_TR, group):
+            b = group[g].b
+            assert b is not None
+            db[g] = _scaled_product(dy[g].t(), low, group[g].scaling).to(b.dtype)
+    return db
 
 
 def input_gradient(
     dy: Sequence[torch.Tensor], dlow_TR: torch.Tensor | None, group: Sequence[Linear], *, seed: int = 0
 ) -> torch.Tensor:
-    """dx (T × I) alone: Σ_g dy·W + dlow·A."""
-    first, *rest = range(len(group))
-    dtype = dy[first].dtype
-    dx_TI = torch.mm(dy[first], group[first].weight(dtype))
-    for g in rest:
-        dx_TI.addmm_(dy[g], group[g].weight(dtype))
-    if dlow_TR is None:
-        return dx_TI
-    if not _dropout(group):
-        return dx_TI.addmm_(dlow_TR, _stacked_a(group, dtype))
-    for g, dlow, a in _slices(dlow_TR, group):
-        dx_TI.add_(torch.mm(dlow, a.to(dtype)).mul_(dropout_mask(dx_TI, group[g].dropout, seed + g)))
+    """dx (T × I) alone: Σ_g dy·W + dlow·A; without the latter where `dlow_TR` is None."""
+    dtype = dy[0].dtype
+    masked = dlow_TR is not None and _dropout(group)
+    dx_TI = None
+    if dlow_TR is not None and not masked:
+        dx_TI = torch.mm(dlow_TR, _stacked_a(group, dtype))
+    for d, layer in zip(dy, group, strict=True):
+        weight_OI = layer.weight(dtype)
+        dx_TI = torch.mm(d, weight_OI) if dx_TI is None else dx_TI.addmm_(d, weight_OI)
+    assert dx_TI is not None
+    if dlow_TR is not None and masked:
+        for g, dlow, a in _slices(dlow_TR, group):
+            dx_TI.add_(torch.mm(dlow, a.to(dtype)).mul_(dropout_mask(dx_TI, group[g].dropout, seed + g)))
     return dx_TI
 
 
@@ -143,12 +199,12 @@ def low_rank_gradient(dy: Sequence[torch.Tensor], group: Sequence[Linear]) -> to
     if len(adapted) == 1:
         d, layer = adapted[0]
         assert layer.b is not None
-        return torch.mm(d, layer.b.to(d.dtype)).mul_(layer.scaling)
+        return _scaled_product(d, layer.b.to(d.dtype), layer.scaling)
     ranks = [layer.b.shape[1] for _, layer in adapted if layer.b is not None]
     dlow_TR = dy[0].new_empty(dy[0].shape[0], sum(ranks))
     for (d, layer), out in zip(adapted, dlow_TR.split(ranks, dim=1), strict=True):
         assert layer.b is not None
-        torch.addmm(out, d, layer.b.to(d.dtype), beta=0.0, alpha=layer.scaling, out=out)
+        _scaled_product(d, layer.b.to(d.dtype), layer.scaling, out)
     return dlow_TR
 
 
@@ -165,19 +221,13 @@ def low_rank(x_TI: torch.Tensor, group: Sequence[Linear], seed: int) -> torch.Te
     return torch.cat(parts, dim=1)
 
 
-def _down_gradients(
-    dlow_TR: torch.Tensor, x_TI: torch.Tensor, group: Sequence[Linear], seed: int
-) -> list[torch.Tensor | None]:
-    da: list[torch.Tensor | None] = [None] * len(group)
-    if not _dropout(group):
-        # One product over the whole input for all adapters of the group.
-        stacked_RI = torch.mm(dlow_TR.t(), x_TI)
-        for g, rows, a in _slices(stacked_RI.t(), group):
-            da[g] = rows.t().to(a.dtype)
-        return da
-    for g, dlow, a in _slices(dlow_TR, group):
-        da[g] = torch.mm(dlow.t(), _dropped(x_TI, group[g], seed + g)).to(a.dtype)
-    return da
+def _scaled_product(
+    x_MK: torch.Tensor, y_KN: torch.Tensor, scaling: float, out_MN: torch.Tensor | None = None
+) -> torch.Tensor:
+    """scaling · x·y in one launch, into `out_MN` or a new tensor."""
+    if out_MN is None:
+        out_MN = x_MK.new_empty(x_MK.shape[0], y_KN.shape[1])
+    return torch.addmm(out_MN, x_MK, y_KN, beta=0.0, alpha=scaling, out=out_MN)
 
 
 def _slices(dlow_TR: torch.Tensor, group: Sequence[Linear]) -> list[tuple[int, torch.Tensor, torch.Tensor]]:

@@ -1,0 +1,370 @@
+"""Activation and residual addition with adapter terms, in Triton.
+
+A program owns a block of columns and walks down the rows: the terms' matrices stay in registers, and the sums over all
+tokens that the adapters' gradients are need no other program's help but that of the few that share its columns.
+"""
+
+# T tokens, F columns, R rank; BLOCK_* the tile of a program; low_TR·matrix_RF is a term
+
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastft.kernels.activation import ActivationKind
+from fastft.kernels.activation.triton import _activation
+from fastft.kernels.launch import device_guard, next_power_of_2, unit_stride
+from fastft.kernels.lora_linear import AdapterTerm
+
+MAX_RANK = 64
+"""Of one adapter: beyond it the sums of three no longer fit a program's registers."""
+_MIN_DOT = 16
+"""The smallest side of a matrix product in Triton."""
+_PROGRAMS = 1024
+"""As many as share the work: eight for each multiprocessor of a large GPU."""
+_MIN_ROWS = 128
+"""Of one program, so that the matrices that it keeps are worth loading."""
+
+
+class Gradients(NamedTuple):
+    """Of the MLP's inside; None where there is no such linear layer or adapter."""
+
+    dgate_TF: Tensor
+    dup_TF: Tensor | None
+    db_gate_FR: Tensor | None
+    """fp32, as are the other adapters' gradients."""
+    db_up_FR: Tensor | None
+    da_down_RF: Tensor | None
+
+
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def _dot(x, y):
+    """x·y with sums in fp32."""
+    if _INTERPRETED:
+        # The interpreter multiplies bf16 as if its bits were integers.
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, input_precision="ieee")
+
+
+@triton.jit
+def _low(low_ptr, rows_T, T, low_stride, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """A block of rows of a term's narrow factor; zeros beyond its rows and its rank."""
+    ranks_R = tl.arange(0, BLOCK_R)
+    mask_TR = (rows_T < T)[:, None] & (ranks_R < RANK)[None, :]
+    return tl.load(low_ptr + rows_T[:, None] * low_stride + ranks_R[None, :], mask=mask_TR, other=0.0)
+
+
+@triton.jit
+def _matrix(
+    matrix_ptr, columns_F, F, rank_stride, column_stride, RANK: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """The columns of a term's other factor that a program owns; zeros beyond."""
+    ranks_R = tl.arange(0, BLOCK_R)
+    mask_RF = (ranks_R < RANK)[:, None] & (columns_F < F)[None, :]
+    at_RF = matrix_ptr + ranks_R[:, None] * rank_stride + columns_F[None, :] * column_stride
+    return tl.load(at_RF, mask=mask_RF, other=0.0)
+
+
+@triton.jit
+def _owned(F, rows_each, T, BLOCK_F: tl.constexpr):
+    """The first and the last row of this program, and its columns; int64, as T·F may pass 2³¹."""
+    first = tl.program_id(1).to(tl.int64) * rows_each
+    columns_F = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    return first, tl.minimum(first + rows_each, T), columns_F
+
+
+@triton.jit
+def _activate_kernel(
+    gate_ptr, up_ptr, act_ptr, low_gate_ptr, b_gate_ptr, low_up_ptr, b_up_ptr,
+    T, F, rows_each, gate_stride, up_stride, low_gate_stride, b_gate_rank_stride, b_gate_stride,
+    low_up_stride, b_up_rank_stride, b_up_stride, gate_scaling, up_scaling,
+    KIND: tl.constexpr, RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    first, last, columns_F = _owned(F, rows_each, T, BLOCK_F)
+    if low_gate_ptr is not None:
+        b_gate_RF = _matrix(b_gate_ptr, columns_F, F, b_gate_rank_stride, b_gate_stride, RANK_GATE, BLOCK_R)
+    if low_up_ptr is not None:
+        b_up_RF = _matrix(b_up_ptr, columns_F, F, b_up_rank_stride, b_up_stride, RANK_UP, BLOCK_R)
+    for start in range(first, last, BLOCK_T):
+        rows_T = start + tl.arange(0, BLOCK_T).to(tl.int64)
+        mask_TF = (rows_T < last)[:, None] & (columns_F < F)[None, :]
+        gate_TF = tl.load(gate_ptr + rows_T[:, None] * gate_stride + columns_F[None, :], mask=mask_TF, other=0.0)
+        gate_TF = gate_TF.to(tl.float32)
+        if low_gate_ptr is not None:
+            low_TR = _low(low_gate_ptr, rows_T, last, low_gate_stride, RANK_GATE, BLOCK_R)
+            gate_TF += gate_scaling * _dot(low_TR, b_gate_RF)
+        act_TF, _ = _activation(gate_TF, KIND)
+        if up_ptr is not None:
+            up_TF = tl.load(up_ptr + rows_T[:, None] * up_stride + columns_F[None, :], mask=mask_TF, other=0.0)
+            up_TF = up_TF.to(tl.float32)
+            if low_up_ptr is not None:
+                low_TR = _low(low_up_ptr, rows_T, last, low_up_stride, RANK_UP, BLOCK_R)
+                up_TF += up_scaling * _dot(low_TR, b_up_RF)
+            act_TF = act_TF.to(act_ptr.dtype.element_ty).to(tl.float32) * up_TF
+        tl.store(act_ptr + rows_T[:, None] * F + columns_F[None, :], act_TF, mask=mask_TF)
+
+
+@triton.jit
+def _store_sum(
+    sums_ptr, sum_FR, columns_F, F, column_stride, rank_stride, RANK: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    ranks_R = tl.arange(0, BLOCK_R)
+    at_FR = sums_ptr + columns_F[:, None] * column_stride + ranks_R[None, :] * rank_stride
+    tl.store(at_FR, sum_FR, mask=(columns_F < F)[:, None] & (ranks_R < RANK)[None, :])
+
+
+@triton.jit
+def _activate_backward_kernel(
+    dact_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, sums_ptr,
+    low_gate_ptr, b_gate_ptr, low_up_ptr, b_up_ptr, dlow_ptr, a_down_ptr,
+    T, F, rows_each, dact_stride, gate_stride, up_stride, dgate_stride, dup_stride, sums_stride,
+    low_gate_stride, b_gate_rank_stride, b_gate_stride, low_up_stride, b_up_rank_stride, b_up_stride,
+    dlow_stride, a_down_rank_stride, a_down_stride, gate_scaling, up_scaling,
+    KIND: tl.constexpr, RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr, RANK_DOWN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    first, last, columns_F = _owned(F, rows_each, T, BLOCK_F)
+    dtype = gate_ptr.dtype.element_ty
+    if low_gate_ptr is not None:
+        b_gate_RF = _matrix(b_gate_ptr, columns_F, F, b_gate_rank_stride, b_gate_stride, RANK_GATE, BLOCK_R)
+    if low_up_ptr is not None:
+        b_up_RF = _matrix(b_up_ptr, columns_F, F, b_up_rank_stride, b_up_stride, RANK_UP, BLOCK_R)
+    if dlow_ptr is not None:
+        a_down_RF = _matrix(a_down_ptr, columns_F, F, a_down_rank_stride, a_down_stride, RANK_DOWN, BLOCK_R)
+    db_gate_FR = tl.zeros((BLOCK_F, BLOCK_R), tl.float32)
+    db_up_FR = tl.zeros((BLOCK_F, BLOCK_R), tl.float32)
+    da_down_FR = tl.zeros((BLOCK_F, BLOCK_R), tl.float32)
+    for start in range(first, last, BLOCK_T):
+        rows_T = start + tl.arange(0, BLOCK_T).to(tl.int64)
+        mask_TF = (rows_T < last)[:, None] & (columns_F < F)[None, :]
+        dact_TF = tl.load(dact_ptr + rows_T[:, None] * dact_stride + columns_F[None, :], mask=mask_TF, other=0.0)
+        gate_TF = tl.load(gate_ptr + rows_T[:, None] * gate_stride + columns_F[None, :], mask=mask_TF, other=0.0)
+        dact_TF, gate_TF = dact_TF.to(tl.float32), gate_TF.to(tl.float32)
+        if dlow_ptr is not None:
+            dlow_TR = _low(dlow_ptr, rows_T, last, dlow_stride, RANK_DOWN, BLOCK_R)
+            dact_TF += _dot(dlow_TR, a_down_RF)
+        if low_gate_ptr is not None:
+            low_gate_TR = _low(low_gate_ptr, rows_T, last, low_gate_stride, RANK_GATE, BLOCK_R)
+            gate_TF += gate_scaling * _dot(low_gate_TR, b_gate_RF)
+        act_TF, slope_TF = _activation(gate_TF, KIND)
+        dgate_TF = dact_TF * slope_TF
+        if up_ptr is not None:
+            up_TF = tl.load(up_ptr + rows_T[:, None] * up_stride + columns_F[None, :], mask=mask_TF, other=0.0)
+            up_TF = up_TF.to(tl.float32)
+            act_TF = act_TF.to(dtype).to(tl.float32)
+            dup_TF = (dact_TF * act_TF).to(dtype)
+            tl.store(dup_ptr + rows_T[:, None] * dup_stride + columns_F[None, :], dup_TF, mask=mask_TF)
+            if low_up_ptr is not None:
+                low_up_TR = _low(low_up_ptr, rows_T, last, low_up_stride, RANK_UP, BLOCK_R)
+                up_TF += up_scaling * _dot(low_up_TR, b_up_RF)
+                db_up_FR += _dot(tl.trans(dup_TF), low_up_TR)
+            dgate_TF *= up_TF
+            act_TF *= up_TF
+        dgate_TF = dgate_TF.to(dtype)
+        tl.store(dgate_ptr + rows_T[:, None] * dgate_stride + columns_F[None, :], dgate_TF, mask=mask_TF)
+        if low_gate_ptr is not None:
+            db_gate_FR += _dot(tl.trans(dgate_TF), low_gate_TR)
+        if dlow_ptr is not None:
+            da_down_FR += _dot(tl.trans(act_TF.to(dtype)), dlow_TR)
+    sums_ptr += tl.program_id(1).to(tl.int64) * sums_stride
+    if low_gate_ptr is not None:
+        _store_sum(sums_ptr, gate_scaling * db_gate_FR, columns_F, F, RANK_GATE, 1, RANK_GATE, BLOCK_R)
+    if low_up_ptr is not None:
+        _store_sum(sums_ptr + F * RANK_GATE, up_scaling * db_up_FR, columns_F, F, RANK_UP, 1, RANK_UP, BLOCK_R)
+    if dlow_ptr is not None:
+        _store_sum(sums_ptr + F * (RANK_GATE + RANK_UP), da_down_FR, columns_F, F, 1, F, RANK_DOWN, BLOCK_R)
+
+
+@triton.jit
+def _add_kernel(
+    x_ptr, residual_ptr, out_ptr, low_ptr, matrix_ptr,
+    T, F, rows_each, x_stride, residual_stride, low_stride, matrix_rank_stride, matrix_stride, scaling, multiplier,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    first, last, columns_F = _owned(F, rows_each, T, BLOCK_F)
+    matrix_RF = _matrix(matrix_ptr, columns_F, F, matrix_rank_stride, matrix_stride, RANK, BLOCK_R)
+    for start in range(first, last, BLOCK_T):
+        rows_T = start + tl.arange(0, BLOCK_T).to(tl.int64)
+        mask_TF = (rows_T < last)[:, None] & (columns_F < F)[None, :]
+        x_TF = tl.load(x_ptr + rows_T[:, None] * x_stride + columns_F[None, :], mask=mask_TF, other=0.0)
+        residual_at_TF = residual_ptr + rows_T[:, None] * residual_stride + columns_F[None, :]
+        residual_TF = tl.load(residual_at_TF, mask=mask_TF, other=0.0).to(tl.float32)
+        low_TR = _low(low_ptr, rows_T, last, low_stride, RANK, BLOCK_R)
+        term_TF = scaling * _dot(low_TR, matrix_RF)
+        out_TF = residual_TF + multiplier * (x_TF.to(tl.float32) + term_TF)
+        tl.store(out_ptr + rows_T[:, None] * F + columns_F[None, :], out_TF, mask=mask_TF)
+
+
+class _Launch(NamedTuple):
+    """How a kernel is laid out."""
+
+    block_t: int
+    block_f: int
+    warps: int
+    programs: int = _PROGRAMS
+
+    def grid(self, T: int, F: int) -> tuple[tuple[int, int], int]:
+        """Blocks of columns and shares of the rows; the rows of a share."""
+        across = triton.cdiv(F, self.block_f)
+        down = max(1, min(self.programs // max(1, across), T // _MIN_ROWS))
+        rows_each = max(1, triton.cdiv(triton.cdiv(T, down), self.block_t)) * self.block_t
+        return (across, max(1, triton.cdiv(T, rows_each))), rows_each
+
+
+_ACTIVATE = _Launch(32, 128, 4, 4096)
+_BACKWARD = _Launch(32, 64, 4)
+_ADD = _Launch(32, 128, 4, 4096)
+
+
+def fits(*terms: AdapterTerm | None) -> bool:
+    """Whether the kernels take terms of these ranks."""
+    return all(term is None or term.matrix_RO.shape[0] <= MAX_RANK for term in terms)
+
+
+def activate(
+    gate_TF: Tensor,
+    up_TF: Tensor | None,
+    kind: ActivationKind,
+    gate_term: AdapterTerm | None = None,
+    up_term: AdapterTerm | None = None,
+    launch: _Launch = _ACTIVATE,
+) -> Tensor:
+    """`act_TF = round(activation(gate + gate_term)) · (up + up_term)`, both sums in fp32.
+
+    Args:
+        gate_TF: fp32, bf16 or fp16; T may be 0.
+        up_TF: gate's dtype; None for an MLP without a gate.
+        kind: which activation.
+        gate_term: what the adapter adds to gate, in its dtype; its rank is at most `MAX_RANK`.
+        up_term: the same for up.
+        launch: how the kernel is laid out.
+    """
+    T, F = gate_TF.shape
+    gate_TF, up_TF = unit_stride(gate_TF), None if up_TF is None else unit_stride(up_TF)
+    act_TF = torch.empty((T, F), dtype=gate_TF.dtype, device=gate_TF.device)
+    if act_TF.numel():
+        gate, up = _arguments(gate_term), _arguments(up_term)
+        grid, rows_each = launch.grid(T, F)
+        with device_guard(gate_TF):
+            _activate_kernel[grid](
+                gate_TF, up_TF, act_TF, *gate.pointers, *up.pointers,
+                T, F, rows_each, gate_TF.stride(0), 0 if up_TF is None else up_TF.stride(0),
+                *gate.strides, *up.strides, gate.scaling, up.scaling,
+                KIND=kind, RANK_GATE=gate.rank, RANK_UP=up.rank, BLOCK_R=_block_r(gate, up),
+                BLOCK_T=launch.block_t, BLOCK_F=launch.block_f, num_warps=launch.warps,
+            )  # fmt: skip
+    return act_TF
+
+
+def activate_backward(
+    dact_TF: Tensor,
+    gate_TF: Tensor,
+    up_TF: Tensor | None,
+    kind: ActivationKind,
+    gate_term: AdapterTerm | None = None,
+    up_term: AdapterTerm | None = None,
+    dact_term: AdapterTerm | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+    *,
+    overwrite: bool = False,
+    launch: _Launch = _BACKWARD,
+) -> Gradients:
+    """The gradients of `activate`, and of the adapters on gate, up and down as far as the sums over tokens go.
+
+    With d = dact + dact_term and the sums g, u of the forward: `dgate = d · u · activation'(g)`,
+    `dup = d · activation(g)`, `db = scaling · dgateᵀ·low` (up's alike), and `da_down = lowᵀ·act`, where low is that of
+    `dact_term`, the gradient of the down projection's narrow product.
+
+    Args:
+        dact_TF: the gradient of act through the frozen weight of the down projection.
+        gate_TF: as in the forward.
+        up_TF: as in the forward.
+        kind: as in the forward.
+        gate_term: as in the forward.
+        up_term: as in the forward.
+        dact_term: what the adapter adds to `dact_TF`; its scaling must be 1.
+        out: where to write dgate and dup, such as the halves of a packed gradient; new tensors if None.
+        overwrite: whether dgate and dup may take the places of `gate_TF` and `up_TF`.
+        launch: how the kernel is laid out.
+    """
+    T, F = gate_TF.shape
+    assert dact_term is None or dact_term.scaling == 1.0
+    inputs = unit_stride(dact_TF), unit_stride(gate_TF), None if up_TF is None else unit_stride(up_TF)
+
+    def at(place_TF: Tensor | None) -> Tensor:
+        if overwrite and place_TF is not None:
+            return place_TF
+        return torch.empty((T, F), dtype=gate_TF.dtype, device=gate_TF.device)
+
+    dgate_TF, dup_TF = out if out is not None else (at(inputs[1]), None if up_TF is None else at(inputs[2]))
+    gate, up, down = _arguments(gate_term), _arguments(up_term), _arguments(dact_term)
+    sizes = [F * each.rank for each in (gate, up, down)]
+    grid, rows_each = launch.grid(T, F)
+    sums_SN = torch.empty((grid[1], sum(sizes)), dtype=torch.float32, device=gate_TF.device)
+    if gate_TF.numel():
+        strides = [0 if x_TF is None else x_TF.stride(0) for x_TF in (*inputs, dgate_TF, dup_TF)]
+        with device_guard(gate_TF):
+            _activate_backward_kernel[grid](
+                *inputs, dgate_TF, dup_TF, sums_SN, *gate.pointers, *up.pointers, *down.pointers,
+                T, F, rows_each, *strides, sums_SN.stride(0), *gate.strides, *up.strides, *down.strides,
+                gate.scaling, up.scaling,
+                KIND=kind, RANK_GATE=gate.rank, RANK_UP=up.rank, RANK_DOWN=down.rank, BLOCK_R=_block_r(gate, up, down),
+                BLOCK_T=launch.block_t, BLOCK_F=launch.block_f, num_warps=launch.warps,
+            )  # fmt: skip
+    else:
+        sums_SN.zero_()
+    sums = (sums_SN[0] if len(sums_SN) == 1 else sums_SN.sum(dim=0)).split(sizes)
+    return Gradients(
+        dgate_TF,
+        dup_TF,
+        sums[0].view(F, gate.rank) if gate_term is not None else None,
+        sums[1].view(F, up.rank) if up_term is not None else None,
+        sums[2].view(down.rank, F) if dact_term is not None else None,
+    )
+
+
+def add(
+    x_TF: Tensor, residual_TF: Tensor, term: AdapterTerm, multiplier: float = 1.0, launch: _Launch = _ADD
+) -> Tensor:
+    """`residual + multiplier · (x + term)` (T × F, dtype of `x_TF`), in fp32 and rounded once; into x's place."""
+    T, F = x_TF.shape
+    x_TF, residual_TF = x_TF.contiguous(), unit_stride(residual_TF)
+    if x_TF.numel():
+        arguments = _arguments(term)
+        grid, rows_each = launch.grid(T, F)
+        with device_guard(x_TF):
+            _add_kernel[grid](
+                x_TF, residual_TF, x_TF, *arguments.pointers,
+                T, F, rows_each, x_TF.stride(0), residual_TF.stride(0), *arguments.strides, term.scaling, multiplier,
+                RANK=arguments.rank, BLOCK_R=_block_r(arguments),
+                BLOCK_T=launch.block_t, BLOCK_F=launch.block_f, num_warps=launch.warps,
+            )  # fmt: skip
+    return x_TF
+
+
+class _Arguments(NamedTuple):
+    """A term as the kernels take it."""
+
+    pointers: tuple[Tensor | None, Tensor | None]
+    strides: tuple[int, int, int]
+    rank: int
+    scaling: float
+
+
+def _arguments(term: AdapterTerm | None) -> _Arguments:
+    if term is None:
+        return _Arguments((None, None), (0, 0, 0), 0, 1.0)
+    low_TR, matrix_RO = unit_stride(term.low_TR), term.matrix_RO
+    strides = low_TR.stride(0), matrix_RO.stride(0), matrix_RO.stride(1)
+    return _Arguments((low_TR, matrix_RO), strides, matrix_RO.shape[0], term.scaling)
+
+
+def _block_r(*terms: _Arguments) -> int:
+    return max(_MIN_DOT, *(next_power_of_2(term.rank) for term in terms))
