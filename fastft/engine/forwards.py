@@ -18,7 +18,7 @@ from fastft.engine.loss import IGNORED
 from fastft.engine.norm import norm_forward
 from fastft.engine.parts import LayerCall, LayerParts, StepContext, read_parts
 from fastft.engine.runs import Run
-from fastft.engine.runtime import Runtime
+from fastft.engine.runtime import LayersChangedError, Runtime
 from fastft.engine.stack import run_layers
 from fastft.engine.state import EngineSettings, ModuleState, compute_dtype, original_forward, policy_of, state_of
 from fastft.engine.support import why_no_layer
@@ -49,6 +49,13 @@ def layer_forward(
     settings = state.settings
     runtime = settings.runtime
     policy = policy_of(self)
+    told = (hidden_states, attention_mask, past_key_values, position_embeddings, rows_R, *kwargs, *kwargs.values())
+    context = runtime.told_before(state.index, told) if state.original is None else None
+    if context is not None:
+        settings.ledger.fused(state.name, "decoder_layer", settings.ops.name)
+        settings.ledger.paths.pop(f"{state.name}.attention", None)
+        runtime.put_down(state.index, context, policy, 0)
+        return (hidden_states, None) if settings.spec.returns_tuple else hidden_states
     reason = state.replaced or _why_not_now(
         self, settings, hidden_states, attention_mask, past_key_values, position_embeddings, kwargs
     )
@@ -70,6 +77,8 @@ def layer_forward(
         settings.ledger.fused(state.name, "decoder_layer", settings.ops.name)
         if runtime.put_down(state.index, context, policy, seed):
             y_BSD = hidden_states
+            if settings.attention in ("auto", context.attention.name):
+                runtime.remember(state.index, told, context)
         else:
             y_BSD = run_layers(hidden_states, Run((LayerCall(settings.ops, parts, context, policy, seed),)))
         return (y_BSD, None) if settings.spec.returns_tuple else y_BSD
@@ -116,43 +125,63 @@ def backbone_forward(
     The layers then leave padding out of all but attention.  The mask stays where padding itself is trained (`targets`,
     B × S, has some there) and where positions are given: those are taken for packed documents if there is no mask.
     """
-    state = state_of(self)
-    settings = state.settings
-    training = self.training and torch.is_grad_enabled()
+    runtime = state_of(self).settings.runtime
+    arguments = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "past_key_values": past_key_values,
+        "inputs_embeds": inputs_embeds,
+        "use_cache": use_cache,
+    }
+    if not (self.training and torch.is_grad_enabled()):
+        return original_forward(self)(**arguments, **kwargs)
     try:
-        if training:
-            inputs = input_ids if input_ids is not None else inputs_embeds
-            if inputs is not None:
-                settings.place(*inputs.shape[:2])
-            settings.runtime.begin(
-                *_layers_and_norm(self),
-                settings.spec,
-                settings.ops,
-                gather=_may_gather(self, kwargs),
-                graphs=settings.graphs,
-            )
-            if past_key_values is None:
-                use_cache = use_cache or False
-                if position_ids is None and attention_mask is not None:
-                    only_padding, rows_R = without_padding(attention_mask, targets)
-                    if rows_R is not None and not settings.runtime.may_record(attention_mask.numel(), rows_R.device):
-                        kwargs[_ROWS] = rows_R
-                    if only_padding:
-                        attention_mask = None
-            if attention_mask is None and past_key_values is None and inputs is not None:
-                attention_mask = _stand_in_for_a_mask(self, settings.runtime, inputs, position_ids)
-        return original_forward(self)(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        try:
+            return _train_forward(self, arguments, targets, kwargs, trust=True)
+        except LayersChangedError:
+            pass  # and let go of what the exception holds, before it all runs again
+        return _train_forward(self, arguments, targets, kwargs, trust=False)
     finally:
-        if training:
-            settings.runtime.end()
+        runtime.end()
+
+
+def _train_forward(
+    backbone: nn.Module,
+    given: dict[str, Any],
+    targets: torch.Tensor | None,
+    kwargs: dict[str, Any],
+    *,
+    trust: bool,
+) -> Any:
+    """`backbone_forward` in training; see there, and `Runtime.begin` for `trust`."""
+    arguments, more = dict(given), dict(kwargs)
+    settings = state_of(backbone).settings
+    runtime = settings.runtime
+    input_ids, attention_mask, position_ids = (given[name] for name in ("input_ids", "attention_mask", "position_ids"))
+    inputs = input_ids if input_ids is not None else given["inputs_embeds"]
+    if inputs is not None:
+        settings.place(*inputs.shape[:2])
+    runtime.begin(
+        *_layers_and_norm(backbone),
+        settings.spec,
+        settings.ops,
+        gather=_may_gather(backbone, kwargs),
+        graphs=settings.graphs,
+        trust=trust,
+    )
+    if given["past_key_values"] is None:
+        arguments["use_cache"] = given["use_cache"] or False
+        if position_ids is None and attention_mask is not None:
+            only_padding, rows_R = without_padding(attention_mask, targets)
+            if rows_R is not None and not runtime.may_record(attention_mask.numel(), rows_R.device):
+                more[_ROWS] = rows_R
+            if only_padding:
+                attention_mask = None
+        if attention_mask is None and inputs is not None:
+            attention_mask = _stand_in_for_a_mask(backbone, runtime, inputs, position_ids)
+    arguments["attention_mask"] = attention_mask
+    return original_forward(backbone)(**arguments, **more)
 
 
 def without_padding(

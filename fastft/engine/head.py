@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fastft.engine.loss import IGNORED, labelled_rows, linear_cross_entropy, shifted_targets
+from fastft.engine.loss import IGNORED, Targets, linear_cross_entropy
 from fastft.engine.state import STATE, compute_dtype, original_forward, state_of
 from fastft.engine.support import why_no_head, why_no_loss
 from fastft.kernels.cross_entropy import LogitTransform
@@ -50,12 +50,10 @@ def causal_lm_forward(
     settings.ledger.fused(state.name, "head_and_loss", settings.ops.name)
     items = arguments.pop("num_items_in_batch", None)
     shift_labels = arguments.pop("shift_labels", None)
-    targets = shift_labels if shift_labels is not None else shifted_targets(labels)
+    targets = Targets(labels) if shift_labels is None else Targets(shift_labels, shifted=True)
     backbone = attrgetter(settings.spec.backbone)(self)
-    if STATE in backbone.__dict__:
-        arguments["targets"] = targets
-    # Before the layers are launched: which rows count has to be known on the host, which waits for the device.
-    rows_N = labelled_rows(targets.reshape(-1))
+    if STATE in backbone.__dict__ and attention_mask is not None:
+        arguments["targets"] = targets.targets()
     outputs = backbone(**arguments)
     hidden = outputs.last_hidden_state
     transform = logit_transform(self.config, settings.spec)
@@ -63,12 +61,12 @@ def causal_lm_forward(
     loss = linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]).to(dtype),
         head.weight.to(dtype),
-        targets.reshape(-1).to(hidden.device),
+        targets.targets().reshape(-1).to(hidden.device),
         settings.ops,
         divisor=items,
         chunk_tokens=settings.loss_chunk_tokens,
         transform=transform,
-        rows_N=rows_N.to(hidden.device),
+        rows_N=targets.rows().to(hidden.device),
     )
     result = LazyLogitsOutput(
         loss=loss,

@@ -6,6 +6,7 @@ once.  So the loop stays Hugging Face's, and the layers are one autograd functio
 """
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,10 @@ from fastft.engine.support import why_no_layer
 from fastft.engine.watch import Watch
 from fastft.models.spec import LayerSpec
 from fastft.plan import Policy
+
+
+class LayersChangedError(Exception):
+    """The layers are no longer what this forward took them for: it has to run again, from `Runtime.begin`."""
 
 
 class _PutDown(NamedTuple):
@@ -71,9 +76,11 @@ class Runtime:
         self._parts: list[LayerParts | None] = []
         self._reasons: list[str | None] = []
         self._segments: list[Segment] = []
-        self._gathering = False
+        self._gathering, self._unproven = False, False
         self._put_down: list[_PutDown] = []
         self._contexts: list[tuple[tuple[Any, ...], StepContext]] = []
+        self._kinds: list[Any] = []
+        self._told: dict[Any, tuple[tuple[Any, ...], StepContext]] = {}
         self._ops: Backend | None = None
         self._graph_mode: GraphMode = "auto"
         self._stand_in: torch.Tensor | None = None
@@ -92,12 +99,18 @@ class Runtime:
         *,
         gather: bool,
         graphs: GraphMode = "off",
+        trust: bool = False,
     ) -> None:
         """Start a training forward: look at the layers again if anything about them changed.
 
-        With `gather`, layers may put their calls down; `norm`, the module after the last one, must then `flush`.
+        With `gather`, layers may put their calls down; `norm`, the module after the last one, must then `flush`.  With
+        `trust` as well, whether anything changed may be asked as late as then, when the device has work: `flush` raises
+        `LayersChangedError` if so.
         """
-        if self._watch is None or not self._watch.unchanged():
+        self._unproven = bool(
+            trust and gather and self._watch is not None and self.all_fused and self._watch.quiet()
+        ) and not any(parts is not None and parts.has_dropout for parts in self._parts)
+        if not self._unproven and (self._watch is None or not self._watch.unchanged()):
             # Hooks on the norm would see what waits; its own `forward` is the engine's where `gather` is given.
             self._watch = Watch([*layers, norm])
             self._reasons = [why_no_layer(layer, spec) for layer in layers]
@@ -106,13 +119,17 @@ class Runtime:
                 for layer, reason in zip(layers, self._reasons, strict=True)
             ]
             self._segments = _segments(self._parts)
+            self._kinds = [None if parts is None else _kind(parts) for parts in self._parts]
+        assert self._watch is not None
         self._gathering = gather and not self._watch.has_hooks
         self._put_down, self._contexts, self._ops, self._graph_mode = [], [], ops, graphs
+        self._told = {}
         self._stand_in, self._documents = None, None
 
     def end(self) -> None:
         """The forward is over, or failed."""
         self._gathering, self._put_down, self._contexts, self._ops = False, [], [], None
+        self._told = {}
         self._stand_in, self._documents = None, None
 
     def shared_context(self, told: tuple[Any, ...]) -> StepContext | None:
@@ -126,6 +143,23 @@ class Runtime:
         """Keep a context for the layers to come; only within a forward of the whole model."""
         if self.begun:
             self._contexts.append((told, context))
+
+    def told_before(self, index: int, told: tuple[Any, ...]) -> StepContext | None:
+        """The context of an earlier layer of the same kind, if that was told the same, object by object.
+
+        Then there is nothing to ask again: the layer's call may be put down.
+        """
+        kind = self._kinds[index] if self._gathering else None
+        earlier = self._told.get(kind) if kind is not None else None
+        if earlier is None or len(earlier[0]) != len(told) or not all(map(is_, earlier[0], told)):
+            return None
+        return earlier[1]
+
+    def remember(self, index: int, told: tuple[Any, ...], context: StepContext) -> None:
+        """Note what a layer was told whose call was put down."""
+        kind = self._kinds[index]
+        if kind is not None:
+            self._told[kind] = told, context
 
     @property
     def begun(self) -> bool:
@@ -171,7 +205,26 @@ class Runtime:
         return True
 
     def flush(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        """Run what waits, on the input that the waiting layers handed on."""
+        """Run what waits, on the input that the waiting layers handed on.
+
+        Raises:
+            LayersChangedError: since an earlier forward; see `begin`.
+        """
+        try:
+            y_BSD = self._run_what_waits(x_BSD)
+        except Exception as error:
+            if self._unproven and not self._same():
+                raise LayersChangedError from error
+            raise
+        if self._unproven and not self._same():
+            raise LayersChangedError
+        self._unproven = False
+        return y_BSD
+
+    def _same(self) -> bool:
+        return self._watch is not None and self._watch.unchanged()
+
+    def _run_what_waits(self, x_BSD: torch.Tensor) -> torch.Tensor:
         if not self._put_down:
             return x_BSD
         assert self._ops is not None
@@ -192,6 +245,13 @@ class Runtime:
 
 def _equal(a: Any, b: Any) -> bool:
     return not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and bool(a == b)
+
+
+def _kind(parts: LayerParts) -> tuple[Any, ...] | None:
+    """What a layer's context, and whether it may run now, depends on; None where each call differs."""
+    if parts.has_dropout:
+        return None
+    return parts.window, parts.softcap, parts.head_dim, parts.input_norm.weight_D.dtype
 
 
 def _segments(parts: Sequence[LayerParts | None]) -> list[Segment]:

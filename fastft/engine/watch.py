@@ -7,11 +7,13 @@ adapter, what is trained.  Asking for all of them in every step costs more than 
 
 from collections.abc import Iterable
 from itertools import chain, repeat
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
+
+_requires_grad = attrgetter("requires_grad")
 
 
 class Watch:
@@ -19,12 +21,14 @@ class Watch:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         below = list(dict.fromkeys(chain.from_iterable(module.modules() for module in modules)))
+        # What only holds others is never called.
+        called = [m for m in below if not isinstance(m, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict))]
         self._hooks = [
             hooks
-            for m in below
+            for m in called
             for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
-        self._attributes = [m.__dict__ for m in below]
+        self._attributes = [m.__dict__ for m in called]
         self._forwards = self._now_forwards()
         # Only what holds something: whatever is added to a module without parts or weights changes no result, unless it
         # comes with another `forward` or a hook.
@@ -38,11 +42,14 @@ class Watch:
         self.has_hooks = any(self._hooks)
         """Whether any of the modules had a hook; then nothing is taken to be unchanged."""
 
+    def quiet(self) -> bool:
+        """Whether none of the modules has a hook: calling them for nothing is then noticed by nobody."""
+        return not self.has_hooks and not any(self._hooks)
+
     def unchanged(self) -> bool:
         """Whether everything is still as it was."""
         return (
-            not self.has_hooks
-            and not any(self._hooks)
+            self.quiet()
             and self._sizes == list(map(len, self._registries))
             and all(map(is_, self._members, chain.from_iterable(map(dict.values, self._registries))))
             and all(map(is_, self._forwards, self._now_forwards()))
@@ -63,5 +70,5 @@ class Watch:
                 *state["scaling"].values(),
             )  # fmt: skip
         flags.extend(state["training"] for state in self._dropouts)
-        flags.extend(p.requires_grad for p in self._frozen)
+        flags.extend(map(_requires_grad, self._frozen))
         return flags

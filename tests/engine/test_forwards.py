@@ -14,6 +14,7 @@ from fastft import ledger_of, patch_model
 from fastft.engine import forwards
 from fastft.engine.forwards import without_padding
 from fastft.engine.head import LazyLogitsOutput
+from fastft.engine.runtime import Runtime
 
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32
 
@@ -178,6 +179,7 @@ def test_a_layer_that_turns_stock_gets_the_mask_that_was_spared(toy, batch_of, s
     patch_model(model, backend="eager")
     second = model.get_base_model().model.layers[1]
     monkeypatch.setattr(forwards, "_why_not_now", lambda layer, *_: "noticed at the call" if layer is second else None)
+    monkeypatch.setattr(Runtime, "told_before", lambda *_: None)  # so that each layer is asked
     _, fused = step(model, batch)
     assert ledger_of(model).paths["layers.1"].path == "stock"
     assert error_of(fused, stock) < TOLERANCE

@@ -23,8 +23,6 @@ MAX_RANK = 64
 """Of one adapter: beyond it the sums of three no longer fit a program's registers."""
 _MIN_DOT = 16
 """The smallest side of a matrix product in Triton."""
-_PROGRAMS = 1024
-"""As many as share the work: eight for each multiprocessor of a large GPU."""
 _MIN_ROWS = 128
 """Of one program, so that the matrices that it keeps are worth loading."""
 
@@ -85,14 +83,14 @@ def _activate_kernel(
     T, F, rows_each, gate_stride, up_stride, low_gate_stride, b_gate_rank_stride, b_gate_stride,
     low_up_stride, b_up_rank_stride, b_up_stride, gate_scaling, up_scaling,
     KIND: tl.constexpr, RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first, last, columns_F = _owned(F, rows_each, T, BLOCK_F)
     if low_gate_ptr is not None:
         b_gate_RF = _matrix(b_gate_ptr, columns_F, F, b_gate_rank_stride, b_gate_stride, RANK_GATE, BLOCK_R)
     if low_up_ptr is not None:
         b_up_RF = _matrix(b_up_ptr, columns_F, F, b_up_rank_stride, b_up_stride, RANK_UP, BLOCK_R)
-    for start in range(first, last, BLOCK_T):
+    for start in tl.range(first, last, BLOCK_T, num_stages=STAGES):
         rows_T = start + tl.arange(0, BLOCK_T).to(tl.int64)
         mask_TF = (rows_T < last)[:, None] & (columns_F < F)[None, :]
         gate_TF = tl.load(gate_ptr + rows_T[:, None] * gate_stride + columns_F[None, :], mask=mask_TF, other=0.0)
@@ -126,9 +124,9 @@ def _activate_backward_kernel(
     low_gate_ptr, b_gate_ptr, low_up_ptr, b_up_ptr, dlow_ptr, a_down_ptr,
     T, F, rows_each, dact_stride, gate_stride, up_stride, dgate_stride, dup_stride, sums_stride,
     low_gate_stride, b_gate_rank_stride, b_gate_stride, low_up_stride, b_up_rank_stride, b_up_stride,
-    dlow_stride, a_down_rank_stride, a_down_stride, gate_scaling, up_scaling,
+    dlow_stride, a_down_rank_stride, a_down_stride, gate_scaling, up_scaling, dact_scaling,
     KIND: tl.constexpr, RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr, RANK_DOWN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first, last, columns_F = _owned(F, rows_each, T, BLOCK_F)
     dtype = gate_ptr.dtype.element_ty
@@ -141,7 +139,7 @@ def _activate_backward_kernel(
     db_gate_FR = tl.zeros((BLOCK_F, BLOCK_R), tl.float32)
     db_up_FR = tl.zeros((BLOCK_F, BLOCK_R), tl.float32)
     da_down_FR = tl.zeros((BLOCK_F, BLOCK_R), tl.float32)
-    for start in range(first, last, BLOCK_T):
+    for start in tl.range(first, last, BLOCK_T, num_stages=STAGES):
         rows_T = start + tl.arange(0, BLOCK_T).to(tl.int64)
         mask_TF = (rows_T < last)[:, None] & (columns_F < F)[None, :]
         dact_TF = tl.load(dact_ptr + rows_T[:, None] * dact_stride + columns_F[None, :], mask=mask_TF, other=0.0)
@@ -149,7 +147,8 @@ def _activate_backward_kernel(
         dact_TF, gate_TF = dact_TF.to(tl.float32), gate_TF.to(tl.float32)
         if dlow_ptr is not None:
             dlow_TR = _low(dlow_ptr, rows_T, last, dlow_stride, RANK_DOWN, BLOCK_R)
-            dact_TF += _dot(dlow_TR, a_down_RF)
+            # The factor is 1.  Without it the compiler makes dact the product's own sum, and its load then waits.
+            dact_TF += dact_scaling * _dot(dlow_TR, a_down_RF)
         if low_gate_ptr is not None:
             low_gate_TR = _low(low_gate_ptr, rows_T, last, low_gate_stride, RANK_GATE, BLOCK_R)
             gate_TF += gate_scaling * _dot(low_gate_TR, b_gate_RF)
@@ -186,11 +185,11 @@ def _activate_backward_kernel(
 def _add_kernel(
     x_ptr, residual_ptr, out_ptr, low_ptr, matrix_ptr,
     T, F, rows_each, x_stride, residual_stride, low_stride, matrix_rank_stride, matrix_stride, scaling, multiplier,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first, last, columns_F = _owned(F, rows_each, T, BLOCK_F)
     matrix_RF = _matrix(matrix_ptr, columns_F, F, matrix_rank_stride, matrix_stride, RANK, BLOCK_R)
-    for start in range(first, last, BLOCK_T):
+    for start in tl.range(first, last, BLOCK_T, num_stages=STAGES):
         rows_T = start + tl.arange(0, BLOCK_T).to(tl.int64)
         mask_TF = (rows_T < last)[:, None] & (columns_F < F)[None, :]
         x_TF = tl.load(x_ptr + rows_T[:, None] * x_stride + columns_F[None, :], mask=mask_TF, other=0.0)
@@ -208,7 +207,10 @@ class _Launch(NamedTuple):
     block_t: int
     block_f: int
     warps: int
-    programs: int = _PROGRAMS
+    programs: int
+    """How many share the work, about: several for each multiprocessor of a large GPU."""
+    stages: int = 3
+    """Of the pipeline that loads rows ahead; the loop's own, as a kernel's is only for what feeds matrix products."""
 
     def grid(self, T: int, F: int) -> tuple[tuple[int, int], int]:
         """Blocks of columns and shares of the rows; the rows of a share."""
@@ -218,9 +220,9 @@ class _Launch(NamedTuple):
         return (across, max(1, triton.cdiv(T, rows_each))), rows_each
 
 
-_ACTIVATE = _Launch(32, 128, 4, 4096)
-_BACKWARD = _Launch(32, 64, 4)
-_ADD = _Launch(32, 128, 4, 4096)
+_ACTIVATE = _Launch(16, 64, 4, 2112)
+_BACKWARD = _Launch(16, 64, 4, 1056, 4)
+_ADD = _Launch(64, 128, 4, 4096)
 
 
 def fits(*terms: AdapterTerm | None) -> bool:
@@ -259,6 +261,7 @@ def activate(
                 *gate.strides, *up.strides, gate.scaling, up.scaling,
                 KIND=kind, RANK_GATE=gate.rank, RANK_UP=up.rank, BLOCK_R=_block_r(gate, up),
                 BLOCK_T=launch.block_t, BLOCK_F=launch.block_f, num_warps=launch.warps,
+                STAGES=launch.stages,
             )  # fmt: skip
     return act_TF
 
@@ -289,13 +292,12 @@ def activate_backward(
         kind: as in the forward.
         gate_term: as in the forward.
         up_term: as in the forward.
-        dact_term: what the adapter adds to `dact_TF`; its scaling must be 1.
+        dact_term: what the adapter adds to `dact_TF`; its factor is part of its low side, which `da_down` is made of.
         out: where to write dgate and dup, such as the halves of a packed gradient; new tensors if None.
         overwrite: whether dgate and dup may take the places of `gate_TF` and `up_TF`.
         launch: how the kernel is laid out.
     """
     T, F = gate_TF.shape
-    assert dact_term is None or dact_term.scaling == 1.0
     inputs = unit_stride(dact_TF), unit_stride(gate_TF), None if up_TF is None else unit_stride(up_TF)
 
     def at(place_TF: Tensor | None) -> Tensor:
@@ -314,9 +316,10 @@ def activate_backward(
             _activate_backward_kernel[grid](
                 *inputs, dgate_TF, dup_TF, sums_SN, *gate.pointers, *up.pointers, *down.pointers,
                 T, F, rows_each, *strides, sums_SN.stride(0), *gate.strides, *up.strides, *down.strides,
-                gate.scaling, up.scaling,
+                gate.scaling, up.scaling, down.scaling,
                 KIND=kind, RANK_GATE=gate.rank, RANK_UP=up.rank, RANK_DOWN=down.rank, BLOCK_R=_block_r(gate, up, down),
                 BLOCK_T=launch.block_t, BLOCK_F=launch.block_f, num_warps=launch.warps,
+                STAGES=launch.stages,
             )  # fmt: skip
     else:
         sums_SN.zero_()
@@ -345,6 +348,7 @@ def add(
                 T, F, rows_each, x_TF.stride(0), residual_TF.stride(0), *arguments.strides, term.scaling, multiplier,
                 RANK=arguments.rank, BLOCK_R=_block_r(arguments),
                 BLOCK_T=launch.block_t, BLOCK_F=launch.block_f, num_warps=launch.warps,
+                STAGES=launch.stages,
             )  # fmt: skip
     return x_TF
 
