@@ -91,8 +91,7 @@ def memory_terms(shape: ModelShape, choices: Choices, config: RunConfig, device:
         head = T * V * (a + 12)
         mlp_gradients = 2 + shape.spec.gated
     else:
-        saved_per_token = _fused_layer_bytes(shape, a, config.lora.rank)
-        everything = saved_per_token["keep"]
+        saved_per_token, everything = _fused_layer_bytes(shape, a, config.lora.rank)
         # Triton's gradients take the place of gate, up and their activation, unless one tensor must hold both.
         one_tensor = shape.spec.gated and len(shape.gate_up_names) == 1
         mlp_gradients = 1 + shape.spec.gated if choices.backend == "eager" else 2 * one_tensor
@@ -188,11 +187,12 @@ def best_placement_under(
     return None if best is None else best[2]
 
 
-def _fused_layer_bytes(shape: ModelShape, a: int, rank: int) -> dict[Policy, float]:
-    """Bytes a token that one engine layer saves, by policy; the twin of `fastft.engine.layer.SAVED`.
+def _fused_layer_bytes(shape: ModelShape, a: int, rank: int) -> tuple[dict[Policy, float], float]:
+    """Bytes a token that one engine layer saves, by policy, the twin of `fastft.engine.layer.SAVED`; and what it has
+    at hand in its backward.
 
-    full: x.  mlp: x, q, k, v, attention's output and log-sum-exp, x after attention, the adapters' narrow
-    intermediates.  light: mlp, gate, up and theirs.  keep: light, the norms' outputs, the activation.  The
+    full: x and the adapters' narrow intermediates.  mlp: those, q, k, v, attention's output and log-sum-exp, x after
+    attention.  light: mlp, gate and up.  keep: light, and what norms give where the backward reads that.  The
     statistics of norms and softmax are fp32.
     """
     D, F = shape.hidden, shape.intermediate
@@ -201,15 +201,18 @@ def _fused_layer_bytes(shape: ModelShape, a: int, rank: int) -> dict[Policy, flo
     # What a norm takes is saved instead of what it gives, so the norms of heads and the one behind attention cost
     # nothing; the one behind the MLP does.  With attention and MLP in parallel there is no x between them.
     streams = 1 + (spec.mlp_norm is not None) + (spec.post_mlp_norm is not None)
-    mlp_inputs = 1 + spec.gated
     norms = 1 + (spec.mlp_norm is not None and spec.post_attention_norm is None) + (spec.post_mlp_norm is not None)
-    mlp = a * (streams * D + 2 * Q + 2 * K + (len(spec.qkv) + 1) * rank) + 4 * shape.heads + 4 * norms
-    light = mlp + a * (mlp_inputs * F + (len(spec.gate_up) + 1) * rank)
-    given = D * (1 + (spec.mlp_norm is not None) + (spec.post_attention_norm is not None))
-    given += 0 if spec.head_norms is None else Q + K
-    full = float(a * D)
-    keep = light + a * (given + F)
-    return {"keep": keep, "light": light, "mlp": mlp, "full": full, "offload_mlp": mlp, "offload": full}
+    full = a * (D + (len(spec.qkv) + len(spec.gate_up) + 2) * rank)
+    mlp = full + a * ((streams - 1) * D + 2 * Q + 2 * K) + 4 * shape.heads + 4 * norms
+    light = mlp + a * (1 + spec.gated) * F
+    heads = 0 if spec.head_norms is None else Q + K
+    given = D * (1 + (spec.mlp_norm is not None))
+    between = D * (spec.post_attention_norm is not None or spec.mlp_norm is None)
+    keep = light + a * (heads + between + given * (spec.norm_kind == "layer"))
+    # The norms' outputs, and the activation or its gradient.
+    at_hand = light + a * (heads + between + given + F)
+    saved: dict[Policy, float] = {"keep": keep, "light": light, "mlp": mlp, "full": float(full)}
+    return saved | {offloaded: saved[of] for offloaded, of in OFFLOADED.items()}, float(at_hand)
 
 
 def _stock_layer_bytes(shape: ModelShape, a: int) -> float:

@@ -16,7 +16,7 @@ import torch
 from fastft.errors import BackendError, unknown_choice
 
 if TYPE_CHECKING:
-    from fastft.kernels.adapted.triton import Gradients
+    from fastft.kernels.adapted import Gradients
 
 BACKEND_NAMES = ("eager", "peft", "triton")
 
@@ -32,21 +32,21 @@ class Backend(NamedTuple):
     activate_backward: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]
     rope_: Callable[..., torch.Tensor]
     cross_entropy_: Callable[..., torch.Tensor]
-    activate_adapted: Callable[..., torch.Tensor] | None = None
-    """None, as the two below, where an adapter is cheapest added where it is made."""
-    activate_adapted_backward: Callable[..., "Gradients"] | None = None
-    add_adapted: Callable[..., torch.Tensor] | None = None
-    max_rank: int = 0
-    """The largest rank that these three take."""
+    activate_adapted: Callable[..., torch.Tensor]
+    activate_adapted_backward: Callable[..., "Gradients"]
+    add_adapted: Callable[..., torch.Tensor]
+    max_rank: int
+    """The largest rank for which the three above pay; an adapter of another is added where it is made."""
 
 
 def _eager() -> Backend:
     from fastft.kernels.activation import reference as activation
+    from fastft.kernels.adapted import reference as adapted
     from fastft.kernels.cross_entropy import reference as cross_entropy
     from fastft.kernels.norm import reference as norm
     from fastft.kernels.rope import reference as rope
 
-    return _collect("eager", norm, activation, rope, cross_entropy)
+    return _collect("eager", norm, activation, rope, cross_entropy, adapted, 0)
 
 
 def _triton() -> Backend:
@@ -60,15 +60,12 @@ def _triton() -> Backend:
         raise BackendError(
             "backend triton needs the triton package", got=str(error), fix="pip install 'triton>=3.6' on Linux"
         ) from error
-    return _collect("triton", norm, activation, rope, cross_entropy)._replace(
-        activate_adapted=adapted.activate,
-        activate_adapted_backward=adapted.activate_backward,
-        add_adapted=adapted.add,
-        max_rank=adapted.MAX_RANK,
-    )
+    return _collect("triton", norm, activation, rope, cross_entropy, adapted, adapted.MAX_RANK)
 
 
-def _collect(name: str, norm: Any, activation: Any, rope: Any, cross_entropy: Any) -> Backend:
+def _collect(
+    name: str, norm: Any, activation: Any, rope: Any, cross_entropy: Any, adapted: Any, max_rank: int
+) -> Backend:
     return Backend(
         name,
         norm.normalise,
@@ -78,6 +75,10 @@ def _collect(name: str, norm: Any, activation: Any, rope: Any, cross_entropy: An
         activation.activate_backward,
         rope.rope_,
         cross_entropy.cross_entropy_,
+        adapted.activate,
+        adapted.activate_backward,
+        adapted.add,
+        max_rank,
     )
 
 

@@ -17,9 +17,9 @@ import torch
 
 from fastft.adapters.lora import AdaptedLinear
 from fastft.engine.bank import AdapterBank
+from fastft.engine.offload import HostBuffers
 from fastft.engine.parts import LayerCall, LayerParts, StepContext
 from fastft.engine.runs import Kept, Run, backward_run, forward_run
-from fastft.plan import OFFLOADED
 
 log = logging.getLogger("fastft")
 
@@ -72,9 +72,9 @@ class RecordedRun:
 
     def __init__(
         self, x_BSD: torch.Tensor, run: Run, bank: AdapterBank, first: int, needs_dx: bool, tokens: int,
-        recorder: Recorder,
+        recorder: Recorder, buffers: HostBuffers,
     ) -> None:  # fmt: skip
-        """Record `run`, whose rows have up to `tokens` tokens."""
+        """Record `run`, whose rows have up to `tokens` tokens; what layers move to the host goes to `buffers`."""
         B, _, D = x_BSD.shape
         self._x_BTD, self._dy_BTD = x_BSD.new_zeros(B, tokens, D), x_BSD.new_zeros(B, tokens, D)
         self._originals = [call.context for call in run.calls]  # kept, so that no other context gets one of their ids
@@ -84,7 +84,8 @@ class RecordedRun:
 
         def forward() -> torch.Tensor:
             bank.refresh()
-            y_BTD, kept[:] = forward_run(self._x_BTD, calls, first)
+            buffers.rewind()
+            y_BTD, kept[:] = forward_run(self._x_BTD, calls, first, buffers)
             return y_BTD
 
         def backward() -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -132,6 +133,7 @@ class Graphs:
         self._times: dict[Any, int] = {}
         self._recorded: dict[Any, RecordedRun | None] = {}
         self._in_use: weakref.ref[InUse] | None = None
+        self._buffers = HostBuffers()
 
     def take(self, x_BSD: torch.Tensor, run: Run, first: int, needs_dx: bool) -> "InUse | None":
         """The recording for this run, which is then in use until released or forgotten; None where there is none."""
@@ -172,7 +174,7 @@ class Graphs:
     ) -> RecordedRun | None:
         size = f"{len(x_BSD)}×{tokens}"
         try:
-            recorded = RecordedRun(x_BSD, run, bank, first, needs_dx, tokens, self._recorder)
+            recorded = RecordedRun(x_BSD, run, bank, first, needs_dx, tokens, self._recorder, self._buffers)
         except RuntimeError as error:  # what a kernel may not do while it is recorded, or too little memory
             log.warning("steps of %s tokens run without CUDA graphs: %s", size, str(error).partition("\n")[0])
             return None
@@ -227,11 +229,10 @@ def _fill(whole_BTD: torch.Tensor, part_BSD: torch.Tensor) -> None:
 
 
 def _can_be_recorded(call: LayerCall) -> bool:
-    """Whether the call's launches are the same each time: no dropout, nothing that depends on the batch's data,
-    and nothing that leaves the device."""
+    """Whether the call's launches are the same each time: no dropout, nothing that depends on the batch's data."""
     context = call.context
     tensors = [value for value in context.seen if isinstance(value, torch.Tensor)]
-    return not (tensors or context.rows_R is not None or call.parts.has_dropout or call.policy in OFFLOADED)
+    return not (tensors or context.rows_R is not None or call.parts.has_dropout)
 
 
 def _kind(call: LayerCall) -> tuple[Any, ...]:

@@ -217,7 +217,7 @@ def _down_block(made: _Activations, call: LayerCall) -> tuple[_Activations, torc
     """From gate and up to the down projection's output, without its adapter's term where the residual adds that."""
     parts = call.parts
     if _activation_adds(call):
-        act = call.ops.activate_adapted(made.gate, made.up, parts.activation, *_gate_up_terms(made, call))  # type: ignore[misc]
+        act = call.ops.activate_adapted(made.gate, made.up, parts.activation, *_gate_up_terms(made, call))
     else:
         act = call.ops.activate(made.gate, made.up, parts.activation)
     (down,), low_down = lora_linear(
@@ -233,7 +233,7 @@ def _second_residual(made: _Activations, y: torch.Tensor, call: LayerCall) -> tu
     assert made.x2 is not None
     if _residual_adds(call):
         (term,) = adapter_terms(made.low_down, (parts.down,))
-        return made, call.ops.add_adapted(y, made.x2, term, parts.residual_multiplier)  # type: ignore[misc]
+        return made, call.ops.add_adapted(y, made.x2, term, parts.residual_multiplier)
     y, down_rstd = _behind(y, parts.post_mlp_norm, call)
     return made._replace(down_rstd=down_rstd), torch.add(made.x2, y, alpha=parts.residual_multiplier, out=y)
 
@@ -244,14 +244,13 @@ def _activation_adds(call: LayerCall) -> bool:
     linears = (*parts.gate_up, parts.down)
     ranks = [linear.a.shape[0] for linear in linears if linear.a is not None]
     # A dropped input of the down projection is another one than the activation.
-    return ops.activate_adapted is not None and 0 < max(ranks, default=0) <= ops.max_rank and not parts.down.dropout
+    return 0 < max(ranks, default=0) <= ops.max_rank and not parts.down.dropout
 
 
 def _residual_adds(call: LayerCall) -> bool:
     """Whether the residual addition adds the term of down."""
     parts, a = call.parts, call.parts.down.a
-    no_norm = parts.post_mlp_norm is None
-    return no_norm and call.ops.add_adapted is not None and a is not None and a.shape[0] <= call.ops.max_rank
+    return parts.post_mlp_norm is None and a is not None and a.shape[0] <= call.ops.max_rank
 
 
 def _gate_up_terms(made: _Activations, call: LayerCall) -> tuple[AdapterTerm | None, AdapterTerm | None]:
@@ -323,7 +322,7 @@ def _through_activation(
         return _ActivationGradients(together, b_gradients(together, made.low_gate_up, parts.gate_up), da_down, db_down)
     a = parts.down.a
     dact_term = None if dlow is None or a is None else AdapterTerm(dlow, a.to(dlow.dtype))
-    d = call.ops.activate_adapted_backward(  # type: ignore[misc]
+    d = call.ops.activate_adapted_backward(
         dact, made.gate, made.up, parts.activation, *_gate_up_terms(made, call), dact_term, halves, overwrite=overwrite
     )
     dbs: list[torch.Tensor | None] = [d.db_gate_FR, d.db_up_FR]

@@ -5,16 +5,48 @@ comes back while the backward of the one above it runs.  So the device holds wha
 are.  On a CPU there is nowhere to go, and nothing moves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from fastft.engine.layer import Saved
+from fastft.kernels.launch import next_power_of_2
 
 _WORTH_MOVING = 2**20
 """Bytes.  Statistics and random states stay: their copies would cost more launches than they free memory."""
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+class HostBuffers:
+    """Page-locked host memory for the transfers of a recorded run, which must find it in one place every time.
+
+    Recordings share it, as no two of them are in use at a time.  For one that needs more than there is, a buffer twice as
+    large or more is made; the smaller one stays, as recordings that know its address may still be replayed.
+    """
+
+    def __init__(self, allocate: Callable[[int], torch.Tensor] | None = None) -> None:
+        """`allocate` makes a buffer of so many bytes (uint8), page-locked where it is None."""
+        self._allocate = allocate or _page_locked
+        self._buffers: list[torch.Tensor] = []
+        self._outgrown: list[torch.Tensor] = []
+        self._next = 0
+
+    def rewind(self) -> None:
+        """Start over: what is taken from here on takes the place of what was taken before."""
+        self._next = 0
+
+    def take(self, like: torch.Tensor) -> torch.Tensor:
+        """The next buffer, as a contiguous tensor of the shape and dtype of `like`."""
+        if self._next == len(self._buffers):
+            self._buffers.append(self._allocate(0))
+        if self._buffers[self._next].nbytes < like.nbytes:
+            self._outgrown.append(self._buffers[self._next])
+            # PyTorch rounds page-locked memory up to such sizes anyhow.
+            self._buffers[self._next] = self._allocate(next_power_of_2(like.nbytes))
+        buffer = self._buffers[self._next]
+        self._next += 1
+        return buffer[: like.nbytes].view(like.dtype).view(like.shape)
 
 
 class ParkedLayer:
@@ -24,10 +56,10 @@ class ParkedLayer:
     enough other work was launched to hide the copy; `fetch` as long before `take`.
     """
 
-    def __init__(self, saved: Saved) -> None:
-        """Start copying; the tensors must not be changed any more."""
+    def __init__(self, saved: Saved, buffers: HostBuffers | None = None) -> None:
+        """Start copying, to `buffers` or new memory; the tensors must not be changed any more."""
         self._made = type(saved.made)
-        self._transfer = Transfer([*saved.made, *saved.attention])
+        self._transfer = Transfer([*saved.made, *saved.attention], buffers)
 
     def leave(self) -> None:
         """Give the device's memory back to work that is launched from here on."""
@@ -47,7 +79,7 @@ class ParkedLayer:
 class Transfer:
     """Some tensors that go to the host and come back; see `ParkedLayer` for the order of calls."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor | None]) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor | None], buffers: HostBuffers | None = None) -> None:
         self._here: list[torch.Tensor | None] = list(tensors)
         self._host: dict[int, torch.Tensor] = {}
         self._left = False
@@ -61,8 +93,9 @@ class Transfer:
             for i in large:
                 t = tensors[i]
                 assert t is not None
-                # PyTorch keeps pinned memory for later: only the first step waits for the operating system.
-                self._host[i] = torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+                # PyTorch keeps page-locked memory for later: only the first step waits for the operating system.
+                host = torch.empty(t.shape, dtype=t.dtype, pin_memory=True) if buffers is None else buffers.take(t)
+                self._host[i] = host.copy_(t, non_blocking=True)
             self._copied = self._stream.record_event()
 
     def leave(self) -> None:
@@ -95,6 +128,10 @@ class Transfer:
         if self._host:
             torch.cuda.current_stream(self._device).wait_event(self._copied)
         return list(self._here)
+
+
+def _page_locked(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def _stream_of(device: torch.device) -> torch.cuda.Stream:

@@ -10,7 +10,7 @@ import torch
 
 from fastft.engine.bank import AdapterBank, in_bank_order
 from fastft.engine.layer import Saved, backward_layer, forward_layer, pick_rows, spread_rows
-from fastft.engine.offload import ParkedLayer
+from fastft.engine.offload import HostBuffers, ParkedLayer
 from fastft.engine.parts import LayerCall
 from fastft.plan import OFFLOADED
 
@@ -40,8 +40,13 @@ class Run(NamedTuple):
         return [matrix for call in self.calls for matrix in _matrices(call)]
 
 
-def forward_run(x_BSD: torch.Tensor, calls: Sequence[LayerCall], first: int) -> tuple[torch.Tensor, Kept]:
-    """The output of the last layer (B × S × D), and what every layer from `first` on saves for `backward_run`."""
+def forward_run(
+    x_BSD: torch.Tensor, calls: Sequence[LayerCall], first: int, buffers: HostBuffers | None = None
+) -> tuple[torch.Tensor, Kept]:
+    """The output of the last layer (B × S × D), and what every layer from `first` on saves for `backward_run`.
+
+    What goes to the host goes to `buffers`, or new memory.
+    """
     context = calls[0].context
     kept: Kept = []
     y_TD = pick_rows(x_BSD.reshape(-1, x_BSD.shape[-1]), context.rows_R)
@@ -52,7 +57,7 @@ def forward_run(x_BSD: torch.Tensor, calls: Sequence[LayerCall], first: int) -> 
         if index < first:
             kept.append(None)
         elif call.policy in OFFLOADED and index + 1 < len(calls):
-            kept.append(ParkedLayer(saved))
+            kept.append(ParkedLayer(saved, buffers))
         else:
             # What the last layer saves is needed again at once.
             kept.append(saved)

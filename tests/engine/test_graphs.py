@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastft import patch_model
-from fastft.engine import graphs
+from fastft.engine import graphs, offload
 from fastft.engine.graphs import WARM_RUNS, Graphs
 from fastft.engine.runtime import Segment
 
@@ -78,7 +78,7 @@ def warm_up(model: Any, batch: dict[str, Tensor]) -> None:
     model.zero_grad()
 
 
-@pytest.mark.parametrize("placement", ["keep", "light", "mlp", "full"])
+@pytest.mark.parametrize("placement", ["keep", "light", "mlp", "full", "offload"])
 def test_replays_train_as_stock_does(placement, recorder, toy, batch_of, step, error_of):
     """Five steps on new data, each with an update between."""
     runs: list[list[float]] = []
@@ -260,8 +260,9 @@ def test_what_cannot_be_recorded_runs_on_aloud(recorder, toy, batch_of, monkeypa
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-@pytest.mark.parametrize("placement", ["light", "full"])
-def test_captured_steps_train_as_plain_ones_do(backend, placement, toy, batch_of, step, error_of):
+@pytest.mark.parametrize("placement", ["light", "full", "offload", "offload_mlp"])
+def test_captured_steps_train_as_plain_ones_do(backend, placement, toy, batch_of, step, error_of, monkeypatch):
+    monkeypatch.setattr(offload, "_WORTH_MOVING", 0)
     runs: list[Any] = []
     for mode in ("off", "on"):
         model = toy("toy-qwen2", base={"dtype": torch.bfloat16})

@@ -4,6 +4,7 @@
 
 import copy
 import gc
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -416,11 +417,11 @@ def _alive() -> list[Tensor]:
 
 
 def test_each_policy_saves_less_than_the_one_before(toy, batch_of):
-    model = toy()
+    model = toy("toy-qwen3")  # with norms of heads, behind which `keep` keeps what `light` does not
     batch = batch_of("none")
     sizes = [_saved_bytes(model, batch, policy) for policy in ("keep", "light", "mlp", "full")]
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] < sizes[0] / 5
+    assert all(more > less for more, less in pairwise(sizes))
+    assert sizes[-1] < sizes[0] / 4
     mixed = _saved_bytes(model, batch, ["keep", "full", "full"])
     assert sizes[-1] < mixed < sizes[0]
 

@@ -50,6 +50,28 @@ def rope(inverse: bool) -> list[tuple[str, Arguments]]:
     return [("rope._rotate_kernel", {"x_ptr": HALF, "cos_ptr": HALF, "sin_ptr": HALF, **constants})]
 
 
+def adapted(kind: str, gated: bool, rank: int) -> list[tuple[str, Arguments]]:
+    up, of_up = (HALF, rank) if gated else (None, 0)
+    block_r = max(16, rank)
+    terms = {
+        "low_gate_ptr": HALF, "b_gate_ptr": HALF, "low_up_ptr": up, "b_up_ptr": up, "gate_scaling": NUMBER,
+        "up_scaling": NUMBER, "RANK_GATE": rank, "RANK_UP": of_up, "BLOCK_R": block_r,
+    }  # fmt: skip
+    shared = {"gate_ptr": HALF, "up_ptr": up, "KIND": kind, "BLOCK_T": 16, "BLOCK_F": 64, "STAGES": 3, **terms}
+    return [
+        ("adapted._activate_kernel", {**shared, "act_ptr": HALF}),
+        ("adapted._activate_backward_kernel", {
+            **shared, "dact_ptr": HALF, "dgate_ptr": HALF, "dup_ptr": up, "sums_ptr": WIDE, "dlow_ptr": HALF,
+            "a_down_ptr": HALF, "dact_scaling": NUMBER, "RANK_DOWN": rank,
+        }),
+        ("adapted._add_kernel", {
+            "x_ptr": HALF, "residual_ptr": HALF, "out_ptr": HALF, "low_ptr": HALF, "matrix_ptr": HALF,
+            "scaling": NUMBER, "multiplier": NUMBER, "RANK": rank, "BLOCK_R": block_r, "BLOCK_T": 64, "BLOCK_F": 128,
+            "STAGES": 3,
+        }),
+    ]  # fmt: skip
+
+
 LAUNCHES = [
     *(launch for kind in ("rms", "rms_unit_offset", "layer") for more in (True, False) for launch in norm(kind, more)),
     *(
@@ -60,6 +82,8 @@ LAUNCHES = [
     ),
     *(launch for scale in (True, False) for softcap in (True, False) for launch in cross_entropy(scale, softcap)),
     *(launch for inverse in (True, False) for launch in rope(inverse)),
+    *(launch for rank in (8, 16, 64) for gated in (True, False) for launch in adapted("silu", gated, rank)),
+    *(launch for kind in ("gelu", "gelu_tanh") for launch in adapted(kind, True, 16)),
 ]
 
 SCRIPT = """

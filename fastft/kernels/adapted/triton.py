@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastft.kernels.activation import ActivationKind
 from fastft.kernels.activation.triton import _activation
+from fastft.kernels.adapted import Gradients
 from fastft.kernels.launch import device_guard, next_power_of_2, unit_stride
 from fastft.kernels.lora_linear import AdapterTerm
 
@@ -25,17 +26,6 @@ _MIN_DOT = 16
 """The smallest side of a matrix product in Triton."""
 _MIN_ROWS = 128
 """Of one program, so that the matrices that it keeps are worth loading."""
-
-
-class Gradients(NamedTuple):
-    """Of the MLP's inside; None where there is no such linear layer or adapter."""
-
-    dgate_TF: Tensor
-    dup_TF: Tensor | None
-    db_gate_FR: Tensor | None
-    """fp32, as are the other adapters' gradients."""
-    db_up_FR: Tensor | None
-    da_down_RF: Tensor | None
 
 
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -225,43 +215,28 @@ _BACKWARD = _Launch(16, 64, 4, 1056, 4)
 _ADD = _Launch(64, 128, 4, 4096)
 
 
-def fits(*terms: AdapterTerm | None) -> bool:
-    """Whether the kernels take terms of these ranks."""
-    return all(term is None or term.matrix_RO.shape[0] <= MAX_RANK for term in terms)
-
-
 def activate(
     gate_TF: Tensor,
     up_TF: Tensor | None,
     kind: ActivationKind,
     gate_term: AdapterTerm | None = None,
     up_term: AdapterTerm | None = None,
-    launch: _Launch = _ACTIVATE,
 ) -> Tensor:
-    """`act_TF = round(activation(gate + gate_term)) · (up + up_term)`, both sums in fp32.
-
-    Args:
-        gate_TF: fp32, bf16 or fp16; T may be 0.
-        up_TF: gate's dtype; None for an MLP without a gate.
-        kind: which activation.
-        gate_term: what the adapter adds to gate, in its dtype; its rank is at most `MAX_RANK`.
-        up_term: the same for up.
-        launch: how the kernel is laid out.
-    """
+    """`act_TF`; see `reference.activate`.  Sums are fp32; ranks at most `MAX_RANK`."""
     T, F = gate_TF.shape
     gate_TF, up_TF = unit_stride(gate_TF), None if up_TF is None else unit_stride(up_TF)
     act_TF = torch.empty((T, F), dtype=gate_TF.dtype, device=gate_TF.device)
     if act_TF.numel():
         gate, up = _arguments(gate_term), _arguments(up_term)
-        grid, rows_each = launch.grid(T, F)
+        grid, rows_each = _ACTIVATE.grid(T, F)
         with device_guard(gate_TF):
             _activate_kernel[grid](
                 gate_TF, up_TF, act_TF, *gate.pointers, *up.pointers,
                 T, F, rows_each, gate_TF.stride(0), 0 if up_TF is None else up_TF.stride(0),
                 *gate.strides, *up.strides, gate.scaling, up.scaling,
                 KIND=kind, RANK_GATE=gate.rank, RANK_UP=up.rank, BLOCK_R=_block_r(gate, up),
-                BLOCK_T=launch.block_t, BLOCK_F=launch.block_f, num_warps=launch.warps,
-                STAGES=launch.stages,
+                BLOCK_T=_ACTIVATE.block_t, BLOCK_F=_ACTIVATE.block_f, num_warps=_ACTIVATE.warps,
+                STAGES=_ACTIVATE.stages,
             )  # fmt: skip
     return act_TF
 
@@ -277,26 +252,8 @@ def activate_backward(
     out: tuple[Tensor, Tensor] | None = None,
     *,
     overwrite: bool = False,
-    launch: _Launch = _BACKWARD,
 ) -> Gradients:
-    """The gradients of `activate`, and of the adapters on gate, up and down as far as the sums over tokens go.
-
-    With d = dact + dact_term and the sums g, u of the forward: `dgate = d · u · activation'(g)`,
-    `dup = d · activation(g)`, `db = scaling · dgateᵀ·low` (up's alike), and `da_down = lowᵀ·act`, where low is that of
-    `dact_term`, the gradient of the down projection's narrow product.
-
-    Args:
-        dact_TF: the gradient of act through the frozen weight of the down projection.
-        gate_TF: as in the forward.
-        up_TF: as in the forward.
-        kind: as in the forward.
-        gate_term: as in the forward.
-        up_term: as in the forward.
-        dact_term: what the adapter adds to `dact_TF`; its factor is part of its low side, which `da_down` is made of.
-        out: where to write dgate and dup, such as the halves of a packed gradient; new tensors if None.
-        overwrite: whether dgate and dup may take the places of `gate_TF` and `up_TF`.
-        launch: how the kernel is laid out.
-    """
+    """See `reference.activate_backward`; sums and ranks as in `activate`.  The rows of `out` are contiguous."""
     T, F = gate_TF.shape
     inputs = unit_stride(dact_TF), unit_stride(gate_TF), None if up_TF is None else unit_stride(up_TF)
 
@@ -308,7 +265,7 @@ def activate_backward(
     dgate_TF, dup_TF = out if out is not None else (at(inputs[1]), None if up_TF is None else at(inputs[2]))
     gate, up, down = _arguments(gate_term), _arguments(up_term), _arguments(dact_term)
     sizes = [F * each.rank for each in (gate, up, down)]
-    grid, rows_each = launch.grid(T, F)
+    grid, rows_each = _BACKWARD.grid(T, F)
     sums_SN = torch.empty((grid[1], sum(sizes)), dtype=torch.float32, device=gate_TF.device)
     if gate_TF.numel():
         strides = [0 if x_TF is None else x_TF.stride(0) for x_TF in (*inputs, dgate_TF, dup_TF)]
@@ -318,8 +275,8 @@ def activate_backward(
                 T, F, rows_each, *strides, sums_SN.stride(0), *gate.strides, *up.strides, *down.strides,
                 gate.scaling, up.scaling, down.scaling,
                 KIND=kind, RANK_GATE=gate.rank, RANK_UP=up.rank, RANK_DOWN=down.rank, BLOCK_R=_block_r(gate, up, down),
-                BLOCK_T=launch.block_t, BLOCK_F=launch.block_f, num_warps=launch.warps,
-                STAGES=launch.stages,
+                BLOCK_T=_BACKWARD.block_t, BLOCK_F=_BACKWARD.block_f, num_warps=_BACKWARD.warps,
+                STAGES=_BACKWARD.stages,
             )  # fmt: skip
     else:
         sums_SN.zero_()
@@ -333,22 +290,20 @@ def activate_backward(
     )
 
 
-def add(
-    x_TF: Tensor, residual_TF: Tensor, term: AdapterTerm, multiplier: float = 1.0, launch: _Launch = _ADD
-) -> Tensor:
-    """`residual + multiplier · (x + term)` (T × F, dtype of `x_TF`), in fp32 and rounded once; into x's place."""
+def add(x_TF: Tensor, residual_TF: Tensor, term: AdapterTerm, multiplier: float = 1.0) -> Tensor:
+    """See `reference.add`; the sum is rounded once."""
     T, F = x_TF.shape
     x_TF, residual_TF = x_TF.contiguous(), unit_stride(residual_TF)
     if x_TF.numel():
         arguments = _arguments(term)
-        grid, rows_each = launch.grid(T, F)
+        grid, rows_each = _ADD.grid(T, F)
         with device_guard(x_TF):
             _add_kernel[grid](
                 x_TF, residual_TF, x_TF, *arguments.pointers,
                 T, F, rows_each, x_TF.stride(0), residual_TF.stride(0), *arguments.strides, term.scaling, multiplier,
                 RANK=arguments.rank, BLOCK_R=_block_r(arguments),
-                BLOCK_T=launch.block_t, BLOCK_F=launch.block_f, num_warps=launch.warps,
-                STAGES=launch.stages,
+                BLOCK_T=_ADD.block_t, BLOCK_F=_ADD.block_f, num_warps=_ADD.warps,
+                STAGES=_ADD.stages,
             )  # fmt: skip
     return x_TF
 

@@ -1,0 +1,55 @@
+"""Bandwidth of the activation with adapter terms, forward and backward, and of the residual addition with one."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+
+from fastft.kernels.lora_linear import AdapterTerm
+
+TOKENS, RANK = 16384, 16
+
+pytestmark = pytest.mark.gpu
+
+Measure = Callable[[str, Callable[[], Any]], None]
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def _term(width: int) -> AdapterTerm:
+    return AdapterTerm(_random(TOKENS, RANK), _random(width, RANK).t())
+
+
+@pytest.mark.parametrize("width", [8960, 14336])
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+@pytest.mark.parametrize("operation", ["activate", "activate_backward"])
+def test_activation(operation: str, implementation: str, width: int, measure_bandwidth: Measure) -> None:
+    """Forward reads two wide tensors and writes one; backward reads three and writes two."""
+    function = getattr(import_module(f"fastft.kernels.adapted.{implementation}"), operation)
+
+    def make() -> tuple[Callable[[], Any], int]:
+        dact, gate, up = (_random(TOKENS, width) for _ in range(3))
+        terms = _term(width), _term(width)
+        if operation == "activate":
+            return lambda: function(gate, up, "silu", *terms), 3 * gate.nbytes
+        return lambda: function(dact, gate, up, "silu", *terms, _term_of_down), 5 * gate.nbytes
+
+    _term_of_down = AdapterTerm(_random(TOKENS, RANK), _random(RANK, width))
+    measure_bandwidth(f"{operation} with rank {RANK} {implementation} F={width}", make)
+
+
+@pytest.mark.parametrize("width", [1536, 4096])
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_addition(implementation: str, width: int, measure_bandwidth: Measure) -> None:
+    """Two wide tensors read, one written."""
+    function = import_module(f"fastft.kernels.adapted.{implementation}").add
+
+    def make() -> tuple[Callable[[], Any], int]:
+        x, residual, term = _random(TOKENS, width), _random(TOKENS, width), _term(width)
+        return lambda: function(x, residual, term), 3 * x.nbytes
+
+    measure_bandwidth(f"add with rank {RANK} {implementation} D={width}", make)

@@ -1,0 +1,79 @@
+"""Activation and residual addition with adapter terms, in plain PyTorch."""
+
+# T tokens, F columns, R rank; low_TR·matrix_RF is a term
+
+import torch
+from torch import Tensor
+
+from fastft.kernels.activation import ActivationKind, reference
+from fastft.kernels.adapted import Gradients
+from fastft.kernels.lora_linear import AdapterTerm
+
+
+def activate(
+    gate_TF: Tensor,
+    up_TF: Tensor | None,
+    kind: ActivationKind,
+    gate_term: AdapterTerm | None = None,
+    up_term: AdapterTerm | None = None,
+) -> Tensor:
+    """`act_TF = round(activation(gate + gate_term)) · (up + up_term)`.
+
+    Args:
+        gate_TF: fp32, bf16 or fp16; T may be 0.
+        up_TF: gate's dtype; None for an MLP without a gate.
+        kind: which activation.
+        gate_term: what the adapter adds to gate, in its dtype.
+        up_term: the same for up.
+    """
+    return reference.activate(_sum(gate_TF, gate_term), None if up_TF is None else _sum(up_TF, up_term), kind)
+
+
+def activate_backward(
+    dact_TF: Tensor,
+    gate_TF: Tensor,
+    up_TF: Tensor | None,
+    kind: ActivationKind,
+    gate_term: AdapterTerm | None = None,
+    up_term: AdapterTerm | None = None,
+    dact_term: AdapterTerm | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+    *,
+    overwrite: bool = False,
+) -> Gradients:
+    """The gradients of `activate`, and of the adapters on gate, up and down as far as the sums over tokens go.
+
+    With d = dact + dact_term and the sums g, u of the forward: `dgate = d · u · activation'(g)`,
+    `dup = d · activation(g)`, `db = scaling · dgateᵀ·low` (up's alike), and `da_down = lowᵀ·act`, where low is that of
+    `dact_term`, the gradient of the down projection's narrow product.
+
+    Args:
+        dact_TF: the gradient of act through the frozen weight of the down projection.
+        gate_TF: as in the forward.
+        up_TF: as in the forward.
+        kind: as in the forward.
+        gate_term: as in the forward.
+        up_term: as in the forward.
+        dact_term: what the adapter adds to `dact_TF`; its factor is part of its low side, which `da_down` is made of.
+        out: where to write dgate and dup, such as the halves of a packed gradient; new tensors if None.
+        overwrite: whether dgate and dup may take the places of `gate_TF` and `up_TF`.
+    """
+    gate, up = _sum(gate_TF, gate_term), None if up_TF is None else _sum(up_TF, up_term)
+    dgate, dup, act = reference.activate_backward(_sum(dact_TF, dact_term), gate, up, kind, out)
+    return Gradients(
+        dgate,
+        dup,
+        None if gate_term is None else gate_term.scaling * (dgate.t() @ gate_term.low_TR).float(),
+        None if up_term is None or dup is None else up_term.scaling * (dup.t() @ up_term.low_TR).float(),
+        None if dact_term is None else (dact_term.low_TR.t() @ act).float(),
+    )
+
+
+def add(x_TF: Tensor, residual_TF: Tensor, term: AdapterTerm, multiplier: float = 1.0) -> Tensor:
+    """`residual + multiplier · (x + term)` (T × F, dtype of `x_TF`); into x's place, where that is contiguous."""
+    x_TF = x_TF.contiguous()
+    return torch.add(residual_TF, _sum(x_TF, term), alpha=multiplier, out=x_TF)
+
+
+def _sum(x_TF: Tensor, term: AdapterTerm | None) -> Tensor:
+    return x_TF if term is None else torch.addmm(x_TF, term.low_TR, term.matrix_RO, alpha=term.scaling)
