@@ -21,8 +21,8 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 class HostBuffers:
     """Page-locked host memory for the transfers of a recorded run, which must find it in one place every time.
 
-    Recordings share it, as no two of them are in use at a time.  For one that needs more than there is, a buffer twice as
-    large or more is made; the smaller one stays, as recordings that know its address may still be replayed.
+    Recordings share it, as no two of them are in use at a time.  For one that needs more than there is, a larger buffer
+    is made; the smaller one stays, as recordings that know its address may still be replayed.
     """
 
     def __init__(self, allocate: Callable[[int], torch.Tensor] | None = None) -> None:
