@@ -4,6 +4,8 @@
 
 import copy
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -183,6 +185,64 @@ def test_a_layer_that_turns_stock_gets_the_mask_that_was_spared(toy, batch_of, s
     _, fused = step(model, batch)
     assert ledger_of(model).paths["layers.1"].path == "stock"
     assert error_of(fused, stock) < TOLERANCE
+
+
+def _halved(mlp: Any, x: Tensor) -> Tensor:
+    return 0.5 * type(mlp).forward(mlp, x)
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "scaling": lambda layer: layer.self_attn.q_proj.scaling.update(default=0.25),
+    "adapter off": lambda layer: layer.mlp.down_proj.enable_adapters(enabled=False),
+    "another module": lambda layer: setattr(layer, "mlp", copy.deepcopy(layer.mlp)),
+    "another forward": lambda layer: setattr(layer.mlp, "forward", partial(_halved, layer.mlp)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changed_is_noticed_behind_the_launch_and_the_forward_runs_again(
+    change, toy, batch_of, step, error_of, monkeypatch
+):
+    batch = batch_of("none")
+    begun: list[bool] = []
+    begin = Runtime.begin
+
+    def spy(*args: Any, trust: bool, **more: Any) -> None:
+        begun.append(trust)
+        begin(*args, trust=trust, **more)
+
+    monkeypatch.setattr(Runtime, "begin", spy)
+    results = []
+    for patched in (False, True):
+        model = toy()
+        if patched:
+            patch_model(model, backend="eager")
+        step(model, batch)
+        CHANGES[change](model.get_base_model().model.layers[1])
+        results.append(step(model, batch))
+    assert begun == [True, True, False]
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    assert error_of(results[1][1], results[0][1]) < TOLERANCE
+    step(model, batch)
+    assert begun[3:] == [True]
+
+
+def test_an_error_of_layers_that_changed_is_not_the_users(toy, batch_of, step, error_of):
+    """Between two steps a weight became another one that what was read of the layer does not fit."""
+    batch = batch_of("none")
+    model = toy()
+    _, expected = step(model, batch)
+    patch_model(model, backend="eager")
+    step(model, batch)
+    layer = model.get_base_model().model.layers[1]
+    fitting, layer.mlp.down_proj.base_layer.weight.data = layer.mlp.down_proj.base_layer.weight.data, torch.zeros(1, 1)
+    with pytest.raises(RuntimeError):
+        step(model, batch)
+    replacement = copy.deepcopy(layer.mlp.down_proj)
+    replacement.base_layer.weight.data = fitting
+    layer.mlp.down_proj = replacement  # the old one still does not fit
+    _, gradients = step(model, batch)
+    assert error_of(gradients, expected) < TOLERANCE
 
 
 def test_the_mask_of_right_padding_is_dropped_and_others_stay(toy, batch_of):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastft.backends import Backend, load_backend
-from fastft.engine.loss import IGNORED, linear_cross_entropy, shifted_targets
+from fastft.engine.loss import IGNORED, Targets, labelled_rows, linear_cross_entropy, shifted_targets
 from fastft.kernels.cross_entropy import LogitTransform
 
 T, D, V = 45, 16, 67
@@ -41,6 +41,20 @@ def fused(hidden_TD: Tensor, *rest: Tensor, scale: float = 1.0, **more: object) 
     leaf_TD = hidden_TD.detach().requires_grad_()
     loss = linear_cross_entropy(leaf_TD, *rest, **more)  # type: ignore[arg-type]
     return loss.detach(), torch.autograd.grad(loss * scale, leaf_TD)[0]
+
+
+@pytest.mark.parametrize("labels", [[[1, IGNORED, 2], [IGNORED, 3, 4]], [[IGNORED] * 3] * 2, [[1, 2, 3]]])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_targets_and_their_rows(labels, shifted, device):
+    """Asked for in either order."""
+    labels_BS = torch.tensor(labels, device=device)
+    expected_BS = labels_BS if shifted else shifted_targets(labels_BS)
+    first, second = (Targets(labels_BS, shifted=shifted) for _ in range(2))
+    assert torch.equal(first.targets(), expected_BS)
+    for targets in (first, second):
+        assert torch.equal(targets.rows(), labelled_rows(expected_BS.reshape(-1)))
+        assert torch.equal(targets.rows(), targets.rows())
+    assert torch.equal(second.targets(), expected_BS)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, T, 10**6])

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fastft.kernels.lora_linear.reference import (
+    ScaledInput,
     a_gradients,
+    adapter_terms,
     b_gradients,
     dropout_mask,
     input_gradient,
@@ -156,6 +158,34 @@ def test_nothing_that_was_passed_is_overwritten(device):
     lora_linear_backward(dy, x_TI, low_TR, group, seed=1)
     assert_close(held, before, rtol=0, atol=0)
     assert torch.equal(low_TR, low_before)
+
+
+def test_all_may_be_dropped(device):
+    assert not dropout_mask(torch.ones(3, 4, device=device), 1.0, seed=1).any()
+
+
+def test_scaled_inputs_need_not_be_written_out(device):
+    """dA from x, and what a norm scales its rows and columns by, is dA from the norm's output."""
+    group = [make_layer(8, 6, 2, device=device) for _ in range(2)]
+    x_TI, rows_T, columns_I = (
+        torch.randn(*shape, dtype=torch.float64, device=device) for shape in ((5, 8), (5,), (8,))
+    )
+    dlow_TR = torch.randn(5, 4, dtype=torch.float64, device=device)
+    expected = a_gradients(dlow_TR, rows_T[:, None] * x_TI * columns_I, group)
+    assert_close(a_gradients(dlow_TR, ScaledInput(x_TI, rows_T, columns_I), group), expected)
+    assert a_gradients(dlow_TR, None, group) == [None, None]
+
+
+def test_terms_left_out_can_be_added_later(device):
+    group = [make_layer(8, 6, 2, bias=True, device=device), make_layer(8, 3, None, device=device)]
+    x_TI = torch.randn(5, 8, dtype=torch.float64, device=device)
+    expected, low_TR = lora_linear(x_TI, group)
+    outputs, again_TR = lora_linear(x_TI, group, low_TR=low_TR, add_terms=False)
+    assert again_TR is low_TR
+    term, none = adapter_terms(low_TR, group)
+    assert none is None
+    assert_close(outputs[0] + term.scaling * term.low_TR @ term.matrix_RO, expected[0])
+    assert_close(outputs[1], expected[1])
 
 
 def test_the_parts_are_the_whole(device):

@@ -188,7 +188,8 @@ def input_gradient(
 def dropout_mask(like: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     """0 with probability `p`, else 1 / (1 − p), in the shape, dtype and device of `like`; a function of `seed`."""
     generator = torch.Generator(like.device).manual_seed(seed)
-    return torch.empty_like(like).bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
+    mask = torch.empty_like(like).bernoulli_(1.0 - p, generator=generator)
+    return mask.div_(1.0 - p) if p < 1.0 else mask
 
 
 def low_rank_gradient(dy: Sequence[torch.Tensor], group: Sequence[Linear]) -> torch.Tensor | None:
