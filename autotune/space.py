@@ -13,7 +13,7 @@ from typing import Literal
 
 from fastft.config import RunConfig
 from fastft.hardware import Device
-from fastft.memory_model import estimate_peak_bytes
+from fastft.memory_model import estimate_peak_bytes, memory_terms
 from fastft.models.shapes import ModelShape
 from fastft.plan import OFFLOADED, POLICIES, Choices, Policy, Trial
 from fastft.planning import divisors, without_plan
@@ -92,6 +92,9 @@ def candidates(config: RunConfig, shape: ModelShape, device: Device, effort: Eff
                 "placement": [policy] * shape.layers,
             }
         )
+        saved = memory_terms(shape, choices, config, device).saved
+        if policy == "keep" and saved["keep"] == saved["light"]:
+            return  # the same thing by another name
         fits = estimate_peak_bytes(shape, choices, config, device=device) <= limit * MODEL_ERROR
         if fits and choices not in found:
             found.append(choices)

@@ -42,6 +42,24 @@ def test_activation(operation: str, implementation: str, width: int, measure_ban
     measure_bandwidth(f"{operation} with rank {RANK} {implementation} F={width}", make)
 
 
+@pytest.mark.parametrize("heads", [(12, 2), (32, 8)])
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+@pytest.mark.parametrize("terms", [True, False])
+def test_rotation(terms: bool, implementation: str, heads: tuple[int, int], measure_bandwidth: Measure) -> None:
+    """Queries and keys read and written; the tables' rows stay in the cache."""
+    function = import_module(f"fastft.kernels.adapted.{implementation}").rotate_
+    cos, sin = _random(2048, 128), _random(2048, 128)
+
+    def make() -> tuple[Callable[[], Any], int]:
+        q, k = (_random(TOKENS, number * 128) for number in heads)
+        of = (_term(q.shape[1]), _term(k.shape[1])) if terms else ()
+        views = q.view(TOKENS, -1, 128), k.view(TOKENS, -1, 128)
+        return lambda: function(*views, cos, sin, *of), 2 * (q.nbytes + k.nbytes)
+
+    rank = f"with rank {RANK}" if terms else "alone"
+    measure_bandwidth(f"rotate {rank} {implementation} heads={heads}", make)
+
+
 @pytest.mark.parametrize("width", [1536, 4096])
 @pytest.mark.parametrize("implementation", ["triton", "reference"])
 def test_addition(implementation: str, width: int, measure_bandwidth: Measure) -> None:

@@ -30,13 +30,13 @@ class Backend(NamedTuple):
     normalise_backward: Callable[..., torch.Tensor]
     activate: Callable[..., torch.Tensor]
     activate_backward: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]
-    rope_: Callable[..., torch.Tensor]
     cross_entropy_: Callable[..., torch.Tensor]
     activate_adapted: Callable[..., torch.Tensor]
     activate_adapted_backward: Callable[..., "Gradients"]
     add_adapted: Callable[..., torch.Tensor]
+    rotate_adapted_: Callable[..., None]
     max_rank: int
-    """The largest rank for which the three above pay; an adapter of another is added where it is made."""
+    """The largest rank for which the four above pay; an adapter of another is added where it is made."""
 
 
 def _eager() -> Backend:
@@ -44,9 +44,8 @@ def _eager() -> Backend:
     from fastft.kernels.adapted import reference as adapted
     from fastft.kernels.cross_entropy import reference as cross_entropy
     from fastft.kernels.norm import reference as norm
-    from fastft.kernels.rope import reference as rope
 
-    return _collect("eager", norm, activation, rope, cross_entropy, adapted, 0)
+    return _collect("eager", norm, activation, cross_entropy, adapted, 0)
 
 
 def _triton() -> Backend:
@@ -55,17 +54,14 @@ def _triton() -> Backend:
         from fastft.kernels.adapted import triton as adapted
         from fastft.kernels.cross_entropy import triton as cross_entropy
         from fastft.kernels.norm import triton as norm
-        from fastft.kernels.rope import triton as rope
     except ImportError as error:
         raise BackendError(
             "backend triton needs the triton package", got=str(error), fix="pip install 'triton>=3.6' on Linux"
         ) from error
-    return _collect("triton", norm, activation, rope, cross_entropy, adapted, adapted.MAX_RANK)
+    return _collect("triton", norm, activation, cross_entropy, adapted, adapted.MAX_RANK)
 
 
-def _collect(
-    name: str, norm: Any, activation: Any, rope: Any, cross_entropy: Any, adapted: Any, max_rank: int
-) -> Backend:
+def _collect(name: str, norm: Any, activation: Any, cross_entropy: Any, adapted: Any, max_rank: int) -> Backend:
     return Backend(
         name,
         norm.normalise,
@@ -73,11 +69,11 @@ def _collect(
         norm.normalise_backward,
         activation.activate,
         activation.activate_backward,
-        rope.rope_,
         cross_entropy.cross_entropy_,
         adapted.activate,
         adapted.activate_backward,
         adapted.add,
+        adapted.rotate_,
         max_rank,
     )
 

@@ -142,7 +142,8 @@ def _attention_block(made: _Activations, call: LayerCall) -> tuple[_Activations,
     """From x to x₂ and the MLP's normalised input."""
     parts, context = call.parts, call.context
     h1, rstd1 = call.ops.normalise(made.x, parts.input_norm)
-    outputs, low_qkv = lora_linear(h1, parts.qkv, seed=call.seed + _QKV, low_TR=made.low_qkv)
+    left_out = (0, 1) if _rotation_adds(call) else ()
+    outputs, low_qkv = lora_linear(h1, parts.qkv, seed=call.seed + _QKV, low_TR=made.low_qkv, left_out=left_out)
     # Those of a packed linear are views of its output.
     q, k, v = outputs if len(outputs) == 3 else outputs[0].split(parts.qkv_columns, dim=1)
     made = _heads_block(made._replace(rstd1=rstd1, h1=h1, v=v, low_qkv=low_qkv), q, k, call)
@@ -166,7 +167,9 @@ def _heads_block(made: _Activations, q: torch.Tensor | None, k: torch.Tensor | N
         q, q_rstd = _normalise_heads(q, q_norm, call)
         k, k_rstd = _normalise_heads(k, k_norm, call)
         made = made._replace(q_rstd=q_rstd, k_rstd=k_rstd)
-    _rotate((q, k), call)
+    if call.parts.rotary:
+        terms = adapter_terms(made.low_qkv, call.parts.qkv)[:2] if _rotation_adds(call) else ()
+        _rotate((q, k), call, *terms)
     return made._replace(q=q, k=k)
 
 
@@ -195,7 +198,7 @@ def _gate_up_block(made: _Activations, call: LayerCall) -> _Activations:
         parts.gate_up,
         seed=call.seed + _GATE_UP,
         low_TR=made.low_gate_up,
-        add_terms=not _activation_adds(call),
+        left_out=range(len(parts.gate_up)) if _activation_adds(call) else (),
     )
     gate, up = outputs[0], None
     if parts.gated:
@@ -221,7 +224,7 @@ def _down_block(made: _Activations, call: LayerCall) -> tuple[_Activations, torc
     else:
         act = call.ops.activate(made.gate, made.up, parts.activation)
     (down,), low_down = lora_linear(
-        act, (parts.down,), seed=call.seed + _DOWN, low_TR=made.low_down, add_terms=not _residual_adds(call)
+        act, (parts.down,), seed=call.seed + _DOWN, low_TR=made.low_down, left_out=(0,) if _residual_adds(call) else ()
     )
     made = made._replace(low_down=low_down)
     return (made if parts.post_mlp_norm is None else made._replace(down=down)), down
@@ -236,6 +239,14 @@ def _second_residual(made: _Activations, y: torch.Tensor, call: LayerCall) -> tu
         return made, call.ops.add_adapted(y, made.x2, term, parts.residual_multiplier)
     y, down_rstd = _behind(y, parts.post_mlp_norm, call)
     return made._replace(down_rstd=down_rstd), torch.add(made.x2, y, alpha=parts.residual_multiplier, out=y)
+
+
+def _rotation_adds(call: LayerCall) -> bool:
+    """Whether the rotation adds the terms of q and k, which nothing else comes before."""
+    parts = call.parts
+    ranks = [linear.a.shape[0] for linear in parts.qkv[:2] if linear.a is not None]
+    apart = len(parts.qkv) == 3 and parts.head_norms is None and parts.rotary
+    return apart and len(ranks) == 2 and max(ranks) <= call.ops.max_rank
 
 
 def _activation_adds(call: LayerCall) -> bool:
@@ -410,7 +421,8 @@ def _heads_backward(
     dq: torch.Tensor, dk: torch.Tensor, made: _Activations, call: LayerCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """From the gradients of what attention takes (overwritten) to those of the projections."""
-    _rotate((dq, dk), call, inverse=True)
+    if call.parts.rotary:
+        _rotate((dq, dk), call, inverse=True)
     if call.parts.head_norms is None:
         return dq, dk
     q_norm, k_norm = call.parts.head_norms
@@ -429,11 +441,17 @@ def _normalise_heads(x_TC: torch.Tensor, norm: Norm, call: LayerCall) -> tuple[t
     return y.view(x_TC.shape), rstd
 
 
-def _rotate(projections: Sequence[torch.Tensor], call: LayerCall, *, inverse: bool = False) -> None:
-    """Rotate heads in place by their positions, in a layer that does."""
-    if call.parts.rotary:
-        for x_TC in projections:
-            call.ops.rope_(_heads(x_TC, call.parts.head_dim), call.context.cos_Sd, call.context.sin_Sd, inverse=inverse)
+def _rotate(
+    projections: tuple[torch.Tensor, torch.Tensor],
+    call: LayerCall,
+    q_term: AdapterTerm | None = None,
+    k_term: AdapterTerm | None = None,
+    *,
+    inverse: bool = False,
+) -> None:
+    """Rotate the heads of q and k, plus their terms, in place by their positions."""
+    heads = (_heads(x_TC, call.parts.head_dim) for x_TC in projections)
+    call.ops.rotate_adapted_(*heads, call.context.cos_Sd, call.context.sin_Sd, q_term, k_term, inverse=inverse)
 
 
 def _behind(branch: torch.Tensor, norm: Norm | None, call: LayerCall) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -465,7 +483,7 @@ def spread_rows(x_RD: torch.Tensor, rows_R: torch.Tensor | None, tokens: int) ->
 
 
 def _heads(x_TD: torch.Tensor, head_dim: int) -> torch.Tensor:
-    return x_TD.view(x_TD.shape[0], -1, head_dim)
+    return x_TD.unflatten(1, (x_TD.shape[1] // head_dim, head_dim))
 
 
 def _per_sequence(x_TD: torch.Tensor, context: StepContext, head_dim: int) -> torch.Tensor:

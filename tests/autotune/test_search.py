@@ -3,6 +3,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from fastft.record import Memory
 
 CPU = Device("cpu", "C", None, None, 2**35, 2)
 GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
-SHAPE = SHAPES["llama-3.2-1b"]
+# With norms of heads, behind which `keep` keeps more than `light`.
+SHAPE = replace(SHAPES["llama-3.2-1b"], family="qwen3")
 CONFIG = RunConfig(model="llama-3.2-1b", sequence_tokens=1024)
 GIB = 2**30
 

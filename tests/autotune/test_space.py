@@ -34,7 +34,7 @@ def test_quick_on_a_cpu_is_short() -> None:
 
 
 def test_more_effort_tries_more() -> None:
-    quick, full, exhaustive = (candidates(CONFIG, SHAPE, GPU, effort) for effort in EFFORTS)
+    quick, full, exhaustive = (candidates(CONFIG, SHAPES["toy-qwen3"], GPU, effort) for effort in EFFORTS)
     assert len(quick) < len(full) <= len(exhaustive)
     assert all(choices in full for choices in quick)
     assert all(choices in exhaustive for choices in full)
@@ -42,6 +42,9 @@ def test_more_effort_tries_more() -> None:
     assert "eager" in {choices.backend for choices in full}
     assert {choices.micro_batch for choices in exhaustive} == {1, 2, 4, 8, 16}
     assert {uniform_policy(choices) for choices in exhaustive} == set(POLICIES)
+    # Where it saves the same, `keep` is another name for `light`.
+    of_llama = candidates(CONFIG, SHAPES["toy-llama"], GPU, "exhaustive")
+    assert {uniform_policy(choices) for choices in of_llama} == {*POLICIES} - {"keep"}
 
 
 def test_what_cannot_fit_is_pruned_and_the_default_never() -> None:

@@ -43,7 +43,7 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
 
 
 def test_a_missing_triton_names_its_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastft.kernels.rope.triton", None)
-    monkeypatch.delattr("fastft.kernels.rope.triton", raising=False)
+    monkeypatch.setitem(sys.modules, "fastft.kernels.norm.triton", None)
+    monkeypatch.delattr("fastft.kernels.norm.triton", raising=False)
     with pytest.raises(BackendError, match="pip install"):
         BACKENDS["triton"]()

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from fastft.kernels.activation import reference
 from fastft.kernels.adapted import triton
 from fastft.kernels.lora_linear import AdapterTerm
+from fastft.kernels.rope import reference as rope
 
 OPERATION = "adapted"
 SHAPES = [(1, 37), (63, 100), (300, 63), (257, 300)]
@@ -120,6 +121,50 @@ def test_packed_halves(device, kernels):
     assert_close(list(overwritten), list(results))
     if kernels is triton:
         assert overwritten.dgate_TF.data_ptr() == packed.data_ptr()
+
+
+# T, heads of q and of k, head size, rows of the tables, their width, ranks of q and of k
+ROTATIONS = {
+    "one launch": (63, 4, 2, 16, 63, 16, (5, 5)), "without terms": (63, 4, 2, 16, 21, 16, (None, None)),
+    "two ranks": (13, 3, 1, 8, 13, 8, (4, 2)), "q alone": (13, 3, 3, 8, 13, 8, (4, None)),
+    "no power of two": (9, 2, 2, 12, 3, 12, (4, 4)), "partial": (9, 2, 2, 16, 9, 8, (4, 4)),
+    "empty": (0, 2, 2, 16, 9, 16, (4, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("case", ROTATIONS)
+def test_rotation_against_fp64(case, packed, dtype, device, kernels, assert_accurate):
+    T, q_heads, k_heads, d, S, width, ranks = ROTATIONS[case]
+    whole = torch.randn(T, (q_heads + k_heads) * d, device=device).to(dtype)
+    q, k = whole.split([q_heads * d, k_heads * d], dim=1)
+    if not packed:
+        q, k = q.contiguous(), k.contiguous()
+
+    def term_of(x: Tensor, rank: int) -> AdapterTerm:
+        low, matrix = (torch.randn(size, rank, device=device).to(dtype) for size in x.shape)
+        return AdapterTerm(low, matrix.t(), 0.7)
+
+    def heads_of(x: Tensor) -> Tensor:
+        return x.unflatten(1, (x.shape[1] // d, d))
+
+    terms = [None if rank is None else term_of(x, rank) for x, rank in zip((q, k), ranks, strict=True)]
+    angles = torch.randn(S, width // 2, device=device).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    plain = []
+    for wide in (dtype, torch.float64):
+        for x, term in zip((q, k), terms, strict=True):
+            heads = x.to(wide)
+            if term is not None:
+                heads = torch.addmm(heads, term.low_TR.to(wide), term.matrix_RO.to(wide), alpha=0.7)
+            plain.append(rope.rope_(heads_of(heads.clone()), cos.to(wide), sin.to(wide)))
+    kernels.rotate_(heads_of(q), heads_of(k), cos, sin, *terms)
+    for name, x, eager, truth in zip("qk", (q, k), plain[:2], plain[2:], strict=True):
+        assert_accurate(name, heads_of(x), eager, truth)
+    turned = q.clone()
+    kernels.rotate_(heads_of(q), heads_of(k), cos, sin, inverse=True)
+    kernels.rotate_(heads_of(q), heads_of(k), cos, sin)
+    assert_close(q, turned, atol=0.1, rtol=0.05)
 
 
 @pytest.mark.parametrize("shape", [(0, 32), (3, 0)])

@@ -69,6 +69,11 @@ def adapted(kind: str, gated: bool, rank: int) -> list[tuple[str, Arguments]]:
             "scaling": NUMBER, "multiplier": NUMBER, "RANK": rank, "BLOCK_R": block_r, "BLOCK_T": 64, "BLOCK_F": 128,
             "STAGES": 3,
         }),
+        ("adapted._rotate_kernel", {
+            "q_ptr": HALF, "k_ptr": HALF, "cos_ptr": HALF, "sin_ptr": HALF, "q_scaling": NUMBER, "k_scaling": NUMBER,
+            **dict.fromkeys(("low_q_ptr", "b_q_ptr", "low_k_ptr", "b_k_ptr"), HALF if gated else None),
+            "INVERSE": not gated, "HALF": 64, "RANK": of_up, "BLOCK_R": block_r, "BLOCK_T": 32, "STAGES": 3,
+        }),
     ]  # fmt: skip
 
 

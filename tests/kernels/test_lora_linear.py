@@ -180,7 +180,7 @@ def test_terms_left_out_can_be_added_later(device):
     group = [make_layer(8, 6, 2, bias=True, device=device), make_layer(8, 3, None, device=device)]
     x_TI = torch.randn(5, 8, dtype=torch.float64, device=device)
     expected, low_TR = lora_linear(x_TI, group)
-    outputs, again_TR = lora_linear(x_TI, group, low_TR=low_TR, add_terms=False)
+    outputs, again_TR = lora_linear(x_TI, group, low_TR=low_TR, left_out=(0, 1))
     assert again_TR is low_TR
     term, none = adapter_terms(low_TR, group)
     assert none is None

@@ -1,6 +1,6 @@
-"""Activation and residual addition with adapter terms, in plain PyTorch."""
+"""Activation, rotation and residual addition with adapter terms, in plain PyTorch."""
 
-# T tokens, F columns, R rank; low_TR·matrix_RF is a term
+# T tokens, F columns, R rank; low_TR·matrix_RF is a term; H heads, d head size, S rows of the tables, r their width
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from fastft.kernels.activation import ActivationKind, reference
 from fastft.kernels.adapted import Gradients
 from fastft.kernels.lora_linear import AdapterTerm
+from fastft.kernels.rope.reference import rope_
 
 
 def activate(
@@ -73,6 +74,36 @@ def add(x_TF: Tensor, residual_TF: Tensor, term: AdapterTerm, multiplier: float 
     """`residual + multiplier · (x + term)` (T × F, dtype of `x_TF`); into x's place, where that is contiguous."""
     x_TF = x_TF.contiguous()
     return torch.add(residual_TF, _sum(x_TF, term), alpha=multiplier, out=x_TF)
+
+
+def rotate_(
+    q_THd: Tensor,
+    k_THd: Tensor,
+    cos_Sr: Tensor,
+    sin_Sr: Tensor,
+    q_term: AdapterTerm | None = None,
+    k_term: AdapterTerm | None = None,
+    *,
+    inverse: bool = False,
+) -> None:
+    """`rope_` of q + q_term and k + k_term, in the places of q and k; `inverse` of q and k alone is the gradient.
+
+    Args:
+        q_THd: as `rope.reference.rope_` takes it; its heads lie side by side in each row.
+        k_THd: the same, with as many heads or fewer.
+        cos_Sr: as `rope_` takes it.
+        sin_Sr: as `rope_` takes it.
+        q_term: what the adapter adds to the T × H·d of all heads.
+        k_term: the same for k.
+        inverse: rotate back.
+
+    Raises:
+        ModelError: an odd r, or one over d.
+    """
+    for x_THd, term in ((q_THd, q_term), (k_THd, k_term)):
+        if term is not None:
+            x_THd.copy_(_sum(x_THd.flatten(1), term).view(x_THd.shape))
+        rope_(x_THd, cos_Sr, sin_Sr, inverse=inverse)
 
 
 def _sum(x_TF: Tensor, term: AdapterTerm | None) -> Tensor:

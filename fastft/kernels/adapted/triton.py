@@ -1,10 +1,11 @@
-"""Activation and residual addition with adapter terms, in Triton.
+"""Activation, rotation and residual addition with adapter terms, in Triton.
 
 A program owns a block of columns and walks down the rows: the terms' matrices stay in registers, and the sums over all
 tokens that the adapters' gradients are need no other program's help but that of the few that share its columns.
 """
 
 # T tokens, F columns, R rank; BLOCK_* the tile of a program; low_TR·matrix_RF is a term
+# H heads, d head size, h half of it, S rows of the tables
 
 import os
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from fastft.kernels.activation.triton import _activation
 from fastft.kernels.adapted import Gradients
 from fastft.kernels.launch import device_guard, next_power_of_2, unit_stride
 from fastft.kernels.lora_linear import AdapterTerm
+from fastft.kernels.rope import rotary_width
+from fastft.kernels.rope.triton import rope_
 
 MAX_RANK = 64
 """Of one adapter: beyond it the sums of three no longer fit a program's registers."""
@@ -191,6 +194,52 @@ def _add_kernel(
         tl.store(out_ptr + rows_T[:, None] * F + columns_F[None, :], out_TF, mask=mask_TF)
 
 
+@triton.jit
+def _rotate_kernel(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, low_q_ptr, b_q_ptr, low_k_ptr, b_k_ptr,
+    T, S, q_heads, rows_each, q_stride, k_stride, cos_stride, sin_stride,
+    low_q_stride, b_q_rank_stride, b_q_stride, low_k_stride, b_k_rank_stride, b_k_stride, q_scaling, k_scaling,
+    INVERSE: tl.constexpr, HALF: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    x_ptr, x_stride = q_ptr, q_stride
+    low_ptr, low_stride, scaling = low_q_ptr, low_q_stride, q_scaling
+    b_ptr, rank_stride, column_stride = b_q_ptr, b_q_rank_stride, b_q_stride
+    if head >= q_heads:
+        x_ptr, x_stride = k_ptr, k_stride
+        if RANK > 0:
+            low_ptr, low_stride, scaling = low_k_ptr, low_k_stride, k_scaling
+            b_ptr, rank_stride, column_stride = b_k_ptr, b_k_rank_stride, b_k_stride
+        head -= q_heads
+    first = tl.program_id(1).to(tl.int64) * rows_each
+    last = tl.minimum(first + rows_each, T)
+    lanes_h = tl.arange(0, HALF)
+    columns_h = head * 2 * HALF + lanes_h
+    end = (head + 1) * 2 * HALF
+    if RANK > 0:
+        b_first_Rh = _matrix(b_ptr, columns_h, end, rank_stride, column_stride, RANK, BLOCK_R)
+        b_second_Rh = _matrix(b_ptr, columns_h + HALF, end, rank_stride, column_stride, RANK, BLOCK_R)
+    for start in tl.range(first, last, BLOCK_T, num_stages=STAGES):
+        rows_T = start + tl.arange(0, BLOCK_T).to(tl.int64)
+        mask_Th = (rows_T < last)[:, None] & (lanes_h < HALF)[None, :]
+        at_Th = x_ptr + rows_T[:, None] * x_stride + columns_h[None, :]
+        first_Th = tl.load(at_Th, mask=mask_Th, other=0.0).to(tl.float32)
+        second_Th = tl.load(at_Th + HALF, mask=mask_Th, other=0.0).to(tl.float32)
+        angles_T = rows_T % S
+        cos_Th = tl.load(cos_ptr + angles_T[:, None] * cos_stride + lanes_h[None, :], mask=mask_Th, other=0.0)
+        sin_Th = tl.load(sin_ptr + angles_T[:, None] * sin_stride + lanes_h[None, :], mask=mask_Th, other=0.0)
+        cos_Th, sin_Th = cos_Th.to(tl.float32), sin_Th.to(tl.float32)
+        if INVERSE:
+            sin_Th = -sin_Th
+        if RANK > 0:
+            low_TR = _low(low_ptr, rows_T, last, low_stride, RANK, BLOCK_R)
+            first_Th += scaling * _dot(low_TR, b_first_Rh)
+            second_Th += scaling * _dot(low_TR, b_second_Rh)
+        tl.store(at_Th, first_Th * cos_Th - second_Th * sin_Th, mask=mask_Th)
+        tl.store(at_Th + HALF, second_Th * cos_Th + first_Th * sin_Th, mask=mask_Th)
+
+
 class _Launch(NamedTuple):
     """How a kernel is laid out."""
 
@@ -213,6 +262,7 @@ class _Launch(NamedTuple):
 _ACTIVATE = _Launch(16, 64, 4, 2112)
 _BACKWARD = _Launch(16, 64, 4, 1056, 4)
 _ADD = _Launch(64, 128, 4, 4096)
+_ROTATE = _Launch(32, 128, 4, 4096)
 
 
 def activate(
@@ -306,6 +356,46 @@ def add(x_TF: Tensor, residual_TF: Tensor, term: AdapterTerm, multiplier: float 
                 STAGES=_ADD.stages,
             )  # fmt: skip
     return x_TF
+
+
+def rotate_(
+    q_THd: Tensor,
+    k_THd: Tensor,
+    cos_Sr: Tensor,
+    sin_Sr: Tensor,
+    q_term: AdapterTerm | None = None,
+    k_term: AdapterTerm | None = None,
+    *,
+    inverse: bool = False,
+) -> None:
+    """See `reference.rotate_`; sums and ranks as in `activate`, rounded once.
+
+    One launch, where r is a power of two and d, and q and k have terms of one rank or none; else as many as it takes.
+    """
+    half, d = rotary_width(q_THd, cos_Sr, sin_Sr) // 2, q_THd.shape[-1]
+    rank = 0 if q_term is None else q_term.matrix_RO.shape[0]
+    alike = (q_term is None) == (k_term is None) and (k_term is None or k_term.matrix_RO.shape[0] == rank)
+    side_by_side = all(x_THd.stride()[1:] == (d, 1) for x_THd in (q_THd, k_THd))
+    if not (alike and side_by_side and k_THd.shape[-1] == d == 2 * half == next_power_of_2(d)):
+        for x_THd, term in ((q_THd, q_term), (k_THd, k_term)):
+            if term is not None:
+                # Of a packed projection's view, `flatten` is one too.
+                x_THd.flatten(1).addmm_(term.low_TR, term.matrix_RO, alpha=term.scaling)
+            rope_(x_THd, cos_Sr, sin_Sr, inverse=inverse)
+        return
+    T, H, _ = q_THd.shape
+    if T:
+        cos_Sr, sin_Sr = unit_stride(cos_Sr), unit_stride(sin_Sr)
+        q, k = _arguments(q_term), _arguments(k_term)
+        grid, rows_each = _ROTATE.grid(T, (H + k_THd.shape[1]) * _ROTATE.block_f)
+        with device_guard(q_THd):
+            _rotate_kernel[grid](
+                q_THd, k_THd, cos_Sr, sin_Sr, *q.pointers, *k.pointers,
+                T, len(cos_Sr), H, rows_each, q_THd.stride(0), k_THd.stride(0), cos_Sr.stride(0), sin_Sr.stride(0),
+                *q.strides, *k.strides, q.scaling, k.scaling,
+                INVERSE=inverse, HALF=half, RANK=rank, BLOCK_R=_block_r(q),
+                BLOCK_T=_ROTATE.block_t, num_warps=_ROTATE.warps, STAGES=_ROTATE.stages,
+            )  # fmt: skip
 
 
 class _Arguments(NamedTuple):

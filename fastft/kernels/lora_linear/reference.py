@@ -7,7 +7,7 @@ round, or the term is left to whoever reads the output next (`kernels.adapted`).
 Legend: T tokens, I in, O out, R rank, G layers of the group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -65,7 +65,7 @@ def lora_linear(
     *,
     seed: int = 0,
     low_TR: torch.Tensor | None = None,
-    add_terms: bool = True,
+    left_out: Collection[int] = (),
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """The outputs (T × O) of every layer of the group, and x·Aᵀ of all adapters side by side (T × ΣR) or None.
 
@@ -74,11 +74,11 @@ def lora_linear(
         group: the layers.
         seed: fixes the dropout masks: the same seed gives the same masks, so a recomputation repeats them.
         low_TR: x·Aᵀ, where it is known from an earlier call.
-        add_terms: whether the outputs hold what the adapters add; else whoever reads them adds `adapter_terms`.
+        left_out: layers whose outputs lack what their adapters add; whoever reads them adds `adapter_terms`.
     """
     if low_TR is None:
         low_TR = low_rank(x_TI, group, seed)
-    terms = adapter_terms(low_TR, group) if add_terms else [None] * len(group)
+    terms = [None if g in left_out else term for g, term in enumerate(adapter_terms(low_TR, group))]
     return [_output(x_TI, layer, term) for layer, term in zip(group, terms, strict=True)], low_TR
 
 
