@@ -119,7 +119,7 @@ def test_recomputation_counts_flops() -> None:
     assert full < step_flops(SHAPE, 128)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(0.0, 1.1), st.sampled_from([128, 512]))
 def test_the_best_placement_fits_and_none_that_fits_recomputes_less(share: float, tokens: int) -> None:
     config = RunConfig(sequence_tokens=tokens)

@@ -167,7 +167,7 @@ def _mutate(text: str, data: st.DataObject) -> bytes:
     return json.dumps(body).encode()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_fuzzed_files_never_crash_and_never_give_a_wrong_plan(data: st.DataObject) -> None:
     plan = make_plan()

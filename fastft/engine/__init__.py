@@ -24,7 +24,7 @@ Both:
     support.py   why a module cannot run fused;  ledger.py  which path each module runs
     head.py, loss.py, norm.py   the model with head, head and cross-entropy together, the final norm
 
-Placement policies, from most to least memory: `keep` saves every intermediate, `light` recomputes norms and
-activations (bytes, not FLOPs), `mlp` recomputes the gate and up projections too, `full` saves the layer's input only;
+Placement policies, from most to least memory: `keep` saves every intermediate that the backward reads, `light`
+recomputes some norms and activations (bytes, not FLOPs), `mlp` recomputes the gate and up projections too, `full` saves the layer's input only;
 `offload_mlp` and `offload` keep what `mlp` and `full` do in host memory.
 """

@@ -30,7 +30,7 @@ def brute_force(layers: Sequence[Costs], budget: int) -> float | None:
     return min(prices, default=None)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(costs_of_a_layer, st.integers(1, 6), st.integers(-5, 190))
 def test_equal_layers_are_solved_exactly(costs: Costs, count: int, budget: int) -> None:
     layers = [costs] * count
@@ -47,7 +47,7 @@ def test_equal_layers_are_solved_exactly(costs: Costs, count: int, budget: int) 
     assert order == sorted(order, reverse=True), "what saves most comes last"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(costs_of_a_layer, min_size=1, max_size=5), st.integers(-5, 120))
 def test_unequal_layers_are_solved_exactly_where_bytes_are_few(layers: list[Costs], budget: int) -> None:
     best = brute_force(layers, budget)
@@ -60,7 +60,7 @@ def test_unequal_layers_are_solved_exactly_where_bytes_are_few(layers: list[Cost
     assert math.isclose(price(placement, layers), best)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(costs_of_a_layer, min_size=1, max_size=5), st.integers(0, 120), st.integers(1, 40))
 def test_coarse_buckets_never_exceed_the_budget_and_lose_at_most_one_each(
     layers: list[Costs], budget: int, buckets: int

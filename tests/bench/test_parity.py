@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.arms import choices_for
@@ -56,7 +56,6 @@ def test_a_reference_that_proves_nothing_is_an_error(value):
         relative_errors({}, {})
 
 
-@settings(deadline=None)
 @given(
     arm=st.dictionaries(st.sampled_from("AB"), st.floats(0, 0.3)),
     stock=st.dictionaries(st.sampled_from("AB"), st.floats(0, 0.3)),
@@ -101,7 +100,6 @@ def test_a_stock_run_that_is_far_off_cannot_excuse_everything():
         judge(arm=off_by({"A": 0.6}), stock=off_by({"A": 0.6}), reference=REFERENCE, dtype="fp16")
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(8, 40), st.integers(0, 1000))
 def test_the_gates_batch_is_ragged_padded_and_partly_unlabelled(batch_size, tokens, seed):
     batch = ragged_batch(50, batch_size, tokens, seed=seed)

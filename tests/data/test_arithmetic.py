@@ -46,7 +46,7 @@ TEST_ROWS_SHA256 = "eca6baf9ecadaeb9c074559f91a605a3add528a2cc51425b26b908c514e9
 
 
 @given(seed=SEEDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_equal_arguments_give_equal_rows(seed: int) -> None:
     assert generate("train", 20, seed=seed) == generate("train", 20, seed=seed)
     assert generate("train", 20, seed=seed)[:5] == generate("train", 5, seed=seed)
@@ -65,7 +65,7 @@ def test_seeds_give_other_rows() -> None:
 
 
 @given(train_seed=SEEDS, test_seed=SEEDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_train_and_test_share_no_problem(train_seed: int, test_seed: int) -> None:
     train, test = problems("train", 150, seed=train_seed), problems("test", 150, seed=test_seed)
     assert not {_identity(p) for p in train} & {_identity(p) for p in test}
@@ -89,7 +89,7 @@ def test_order_matters_where_it_matters() -> None:
 
 
 @given(seed=SEEDS, split=st.sampled_from(["train", "test"]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_the_worked_answers_are_right(seed: int, split: str) -> None:
     for problem in problems(split, 100, seed=seed):  # type: ignore[arg-type]
         row = problem.row()

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
@@ -82,7 +82,6 @@ CONTENT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<
 ANSWER = CONTENT.filter(str.strip)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(CONTENT, ANSWER), min_size=1, max_size=3))
 def test_masking_holds_for_any_text(turns: list[tuple[str, str]]) -> None:
     conversation = chat(*(content for turn in turns for content in turn))
@@ -216,7 +215,6 @@ def test_a_tokenizer_without_offsets_can_only_train_on_everything() -> None:
     assert encode([chat("a", "b")], slow, max_tokens=99, chat_template=CHATML, response_only=False).labelled_tokens
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.integers(1, 40))
 def test_truncation_is_counted_and_never_drops_an_answer_in_silence(lengths: list[int], max_tokens: int) -> None:
     conversations = [chat("q" * length, "a" * 5) for length in lengths]

@@ -169,7 +169,7 @@ def test_a_loss_scale_above_fp16s_largest_number_does_not_overflow(ops, device):
     assert grad_TD.isfinite().all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 10**6))
 def test_shifted_targets_are_the_next_labels(B, S, seed):
     labels_BS = torch.randint(-100, 50, (B, S), generator=torch.Generator().manual_seed(seed))
@@ -179,7 +179,7 @@ def test_shifted_targets_are_the_next_labels(B, S, seed):
     assert (targets_BS[:, -1] == IGNORED).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 60), st.integers(1, 70), st.floats(0, 1), st.integers(0, 10**6))
 def test_the_chunk_changes_nothing(chunk, rows, labelled, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -198,7 +198,7 @@ def assert_close(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, SOFTCAP])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     window=st.none() | st.integers(1, 10),
@@ -223,7 +223,7 @@ def test_documents_equal_each_alone(lengths, window, seed, softcap, name, device
 
 
 @pytest.mark.parametrize("kind", ["causal", "documents", "softcap+documents"])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(tokens=st.integers(2, 40), more=st.integers(0, 40), seed=st.integers(0, 99))
 def test_a_window_as_long_as_the_sequence_hides_nothing(tokens, more, seed, kind, name, device):
     torch.manual_seed(seed)
@@ -232,7 +232,7 @@ def test_a_window_as_long_as_the_sequence_hides_nothing(tokens, more, seed, kind
     assert_close(run(name, *tensors, seen._replace(window=tokens + more)), run(name, *tensors, seen))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(tokens=st.integers(1, 40), window=st.none() | st.integers(1, 40), seed=st.integers(0, 99))
 def test_a_huge_softcap_caps_nothing(tokens, window, seed, device):
     torch.manual_seed(seed)

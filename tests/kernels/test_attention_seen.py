@@ -23,7 +23,7 @@ def packed_rows(draw: st.DrawFn) -> list[list[int]]:
     return rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(packed_rows())
 def test_documents_of_finds_what_was_packed(rows):
     positions_BS = torch.tensor([[p for length in row for p in range(length)] for row in rows])
@@ -38,7 +38,7 @@ def test_documents_of_finds_what_was_packed(rows):
     assert longest == max(lengths)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.integers(0, 4), min_size=5, max_size=5), min_size=1, max_size=3))
 def test_documents_are_those_of_transformers(positions):
     """Whatever the positions are, a query must see what it sees without the engine."""
@@ -63,7 +63,7 @@ def test_the_window_is_that_of_transformers(window):
     assert torch.equal(mask_of(Seen(window=window), 2, 7, CPU)[0, 0], wanted)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=packed_rows(), window=st.none() | st.integers(1, 12), data=st.data())
 def test_a_chunk_of_the_mask_is_cut_from_the_whole(rows, window, data):
     B, S = len(rows), sum(rows[0])

@@ -111,7 +111,7 @@ def test_tables_that_do_not_fit_are_refused(device, kernels: ModuleType):
         kernels.rope_(torch.ones(4, 2, 7, device=device), cos_Sd[:, :7], sin_Sd[:, :7])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 20), st.integers(1, 12))
 def test_inverse_undoes_and_lengths_stay(T, H, half, S):
     x_THd = torch.randn(T, H, 2 * half)

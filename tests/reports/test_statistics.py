@@ -66,7 +66,7 @@ def test_seed_decides_the_interval_and_nothing_else_does():
     assert difference_of_means(arm, baseline, seed=1) != difference_of_means(arm, baseline, seed=2)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(positive, positive), min_size=3, max_size=9))
 def test_interval_lies_within_the_possible_and_inverts(pairs):
     arm, baseline = zip(*pairs, strict=True)
