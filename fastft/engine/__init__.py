@@ -25,6 +25,6 @@ Both:
     head.py, loss.py, norm.py   the model with head, head and cross-entropy together, the final norm
 
 Placement policies, from most to least memory: `keep` saves every intermediate that the backward reads, `light`
-recomputes some norms and activations (bytes, not FLOPs), `mlp` recomputes the gate and up projections too, `full` saves the layer's input only;
-`offload_mlp` and `offload` keep what `mlp` and `full` do in host memory.
+recomputes some norms and activations (bytes, not FLOPs), `mlp` recomputes the gate and up projections too, `full` saves
+the layer's input only; `offload_mlp` and `offload` keep what `mlp` and `full` do in host memory.
 """

@@ -156,7 +156,7 @@ def test_a_dry_run_lists_and_measures_nothing(
     lines = result.stdout.splitlines()
     assert lines[0] == "  1. eager, 4×1 sequences, placement 3×light (the default)"
     candidates = json.loads(cli("tune", *toy, "--device", "cpu", "--dry-run", "--json").stdout)
-    assert len(candidates) == len(lines) >= 3
+    assert len(candidates) == len(lines) >= 2  # stock PEFT among them
     assert probed == []
     assert not store.cache.exists()
 
