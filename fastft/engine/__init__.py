@@ -20,7 +20,7 @@ Any other model, and a layer that cannot run as a whole, runs part by part:
 Both:
 
     patch.py     puts the engine into a Hugging Face model, and takes it out again
-    state.py     what patched modules know
+    state.py     what patched modules know;  aside.py  what the host asks the device while it works
     support.py   why a module cannot run fused;  ledger.py  which path each module runs
     head.py, loss.py, norm.py   the model with head, head and cross-entropy together, the final norm
 

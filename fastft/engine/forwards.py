@@ -6,6 +6,7 @@ the ledger says why.
 """
 
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch.nn.modules.module as _global_hooks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastft.engine.loss import IGNORED
+from fastft.engine.aside import Aside
+from fastft.engine.loss import IGNORED, Targets
 from fastft.engine.norm import norm_forward
 from fastft.engine.parts import LayerCall, LayerParts, StepContext, read_parts
 from fastft.engine.runs import Run
-from fastft.engine.runtime import LayersChangedError, Runtime
+from fastft.engine.runtime import Runtime, WrongAssumptionError
 from fastft.engine.stack import run_layers
 from fastft.engine.state import EngineSettings, ModuleState, compute_dtype, original_forward, policy_of, state_of
 from fastft.engine.support import why_no_layer
@@ -115,15 +117,15 @@ def backbone_forward(
     inputs_embeds: torch.Tensor | None = None,
     use_cache: bool | None = None,
     *,
-    targets: torch.Tensor | None = None,
+    targets: Targets | None = None,
     **kwargs: Any,
 ) -> Any:
     """The decoder without its head; spares training what only generation needs.
 
     In training, no key/value cache is built unless one is passed or asked for, and a mask that only hides right
     padding is dropped: causal attention never looks to the right, so no real token could see the padding anyway.
-    The layers then leave padding out of all but attention.  The mask stays where padding itself is trained (`targets`,
-    B × S, has some there) and where positions are given: those are taken for packed documents if there is no mask.
+    The layers then leave padding out of all but attention.  The mask stays where padding itself is trained (`targets`
+    has some there) and where positions are given: those are taken for packed documents if there is no mask.
     """
     runtime = state_of(self).settings.runtime
     arguments = {
@@ -139,7 +141,7 @@ def backbone_forward(
     try:
         try:
             return _train_forward(self, arguments, targets, kwargs, trust=True)
-        except LayersChangedError:
+        except WrongAssumptionError:
             pass  # and let go of what the exception holds, before it all runs again
         return _train_forward(self, arguments, targets, kwargs, trust=False)
     finally:
@@ -149,7 +151,7 @@ def backbone_forward(
 def _train_forward(
     backbone: nn.Module,
     given: dict[str, Any],
-    targets: torch.Tensor | None,
+    targets: Targets | None,
     kwargs: dict[str, Any],
     *,
     trust: bool,
@@ -173,15 +175,28 @@ def _train_forward(
     if given["past_key_values"] is None:
         arguments["use_cache"] = given["use_cache"] or False
         if position_ids is None and attention_mask is not None:
-            only_padding, rows_R = without_padding(attention_mask, targets)
-            if rows_R is not None and not runtime.may_record(attention_mask.numel(), rows_R.device):
-                more[_ROWS] = rows_R
-            if only_padding:
+            device, recorded = attention_mask.device, runtime.may_record(attention_mask.numel(), attention_mask.device)
+            if runtime.assumes and runtime.mask_hid_padding and recorded:
+                runtime.assume(partial(_hides_padding, attention_mask, targets, Aside(device)))
                 attention_mask = None
+            else:
+                runtime.mask_hid_padding, rows_R = without_padding(
+                    attention_mask, None if targets is None else targets.targets()
+                )
+                if rows_R is not None and not recorded:
+                    more[_ROWS] = rows_R
+                if runtime.mask_hid_padding:
+                    attention_mask = None
         if attention_mask is None and inputs is not None:
             attention_mask = _stand_in_for_a_mask(backbone, runtime, inputs, position_ids)
     arguments["attention_mask"] = attention_mask
     return original_forward(backbone)(**arguments, **more)
+
+
+def _hides_padding(attention_mask: torch.Tensor, targets: Targets | None, aside: Aside) -> bool:
+    """The first answer of `without_padding`, without waiting for what was launched since."""
+    with aside.asking():
+        return without_padding(attention_mask, None if targets is None else targets.targets())[0]
 
 
 def without_padding(

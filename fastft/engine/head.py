@@ -53,7 +53,7 @@ def causal_lm_forward(
     targets = Targets(labels) if shift_labels is None else Targets(shift_labels, shifted=True)
     backbone = attrgetter(settings.spec.backbone)(self)
     if STATE in backbone.__dict__ and attention_mask is not None:
-        arguments["targets"] = targets.targets()
+        arguments["targets"] = targets
     outputs = backbone(**arguments)
     hidden = outputs.last_hidden_state
     transform = logit_transform(self.config, settings.spec)

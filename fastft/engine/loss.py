@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fastft.backends import Backend
+from fastft.engine.aside import Aside
 from fastft.kernels.cross_entropy import LogitTransform
 
 IGNORED = -100
@@ -26,75 +27,30 @@ def shifted_targets(labels_BS: torch.Tensor) -> torch.Tensor:
 class Targets:
     """What each position is to predict, and which rows have a target that counts.
 
-    The host must know how many.  On a GPU it asks on a stream of its own, from where this was made, and waits for the
-    answer only when `rows` are wanted: so it can launch the layers first, and they run meanwhile.
+    The host must know how many.  It asks when they are wanted, and waits for nothing that was launched since this was
+    made: so the layers can be launched first, and run meanwhile.
     """
 
     def __init__(self, labels_BS: torch.Tensor, *, shifted: bool = False) -> None:
         """`shifted` says that the labels are the targets already."""
-        self._given_BS, self._shifted = labels_BS, shifted
-        self._made_BS: torch.Tensor | None = None
-        self._rows: torch.Tensor | None = None
-        self._count: torch.Tensor | None = None
-        self._start = self._asked = None
-        if labels_BS.is_cuda:
-            self._start = torch.cuda.current_stream(labels_BS.device).record_event()
+        self._labels_BS, self._shifted = labels_BS, shifted
+        self._aside = Aside(labels_BS.device)
+        self._targets_BS: torch.Tensor | None = None
+        self._rows_N: torch.Tensor | None = None
 
     def targets(self) -> torch.Tensor:
-        """The target of each position (B × S, int64), for the current stream."""
-        if self._made_BS is None:
-            self._ask()
-        assert self._made_BS is not None
-        self._hand_over(self._made_BS)
-        return self._made_BS
+        """The target of each position (B × S, int64)."""
+        if self._targets_BS is None:
+            with self._aside.asking():
+                self._targets_BS = self._labels_BS if self._shifted else shifted_targets(self._labels_BS)
+        return self._aside.hand_over(self._targets_BS)
 
     def rows(self) -> torch.Tensor:
-        """The labelled rows' numbers, ascending (N, int64), for the current stream."""
-        self.targets()
-        assert self._rows is not None
-        if self._count is not None:
-            assert self._asked is not None
-            self._asked.synchronize()
-            self._rows, self._count = self._rows[: int(self._count)], None
-        self._hand_over(self._rows)
-        return self._rows
-
-    def _ask(self) -> None:
-        if self._start is None:
-            self._made_BS = self._shift()
-            self._rows = labelled_rows(self._made_BS.reshape(-1))
-            return
-        device = self._given_BS.device
-        with torch.cuda.stream(_beside(device)):
-            torch.cuda.current_stream(device).wait_event(self._start)
-            self._made_BS = self._shift()
-            counts_T = self._made_BS.reshape(-1) != IGNORED
-            T = counts_T.numel()
-            # Each labelled row writes its number where it comes among them, each other one behind the end.
-            places_T = torch.where(counts_T, counts_T.cumsum(0) - 1, T)
-            numbers_T = torch.arange(T, device=device)
-            self._rows = numbers_T.new_empty(T + 1).scatter_(0, places_T, numbers_T)
-            self._count = torch.empty((), dtype=torch.int64, pin_memory=True)
-            self._count.copy_(counts_T.sum(), non_blocking=True)
-            self._asked = torch.cuda.current_stream(device).record_event()
-
-    def _shift(self) -> torch.Tensor:
-        return self._given_BS if self._shifted else shifted_targets(self._given_BS)
-
-    def _hand_over(self, made: torch.Tensor) -> None:
-        if self._asked is not None:
-            stream = torch.cuda.current_stream(made.device)
-            stream.wait_event(self._asked)
-            made.record_stream(stream)
-
-
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _beside(device: torch.device) -> torch.cuda.Stream:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
+        """The labelled rows' numbers, ascending (N, int64)."""
+        if self._rows_N is None:
+            with self._aside.asking():
+                self._rows_N = labelled_rows(self.targets().reshape(-1))
+        return self._aside.hand_over(self._rows_N)
 
 
 def labelled_rows(targets_T: torch.Tensor) -> torch.Tensor:

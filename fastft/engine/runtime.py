@@ -5,7 +5,7 @@ call down and hands its input on; the next one that cannot, or the final norm, m
 once.  So the loop stays Hugging Face's, and the layers are one autograd function.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -25,8 +25,8 @@ from fastft.models.spec import LayerSpec
 from fastft.plan import Policy
 
 
-class LayersChangedError(Exception):
-    """The layers are no longer what this forward took them for: it has to run again, from `Runtime.begin`."""
+class WrongAssumptionError(Exception):
+    """Something is not as this forward took it to be: it has to run again, from `Runtime.begin` without `trust`."""
 
 
 class _PutDown(NamedTuple):
@@ -76,7 +76,10 @@ class Runtime:
         self._parts: list[LayerParts | None] = []
         self._reasons: list[str | None] = []
         self._segments: list[Segment] = []
-        self._gathering, self._unproven = False, False
+        self._gathering = False
+        self._assumed: list[Callable[[], bool]] = []
+        self.mask_hid_padding = False
+        """Whether the last mask that was looked at only hid right padding."""
         self._put_down: list[_PutDown] = []
         self._contexts: list[tuple[tuple[Any, ...], StepContext]] = []
         self._kinds: list[Any] = []
@@ -104,13 +107,12 @@ class Runtime:
         """Start a training forward: look at the layers again if anything about them changed.
 
         With `gather`, layers may put their calls down; `norm`, the module after the last one, must then `flush`.  With
-        `trust` as well, whether anything changed may be asked as late as then, when the device has work: `flush` raises
-        `LayersChangedError` if so.
+        `trust` as well, whether anything changed may be asked as late as then, when the device has work; see `assume`.
         """
-        self._unproven = bool(
-            trust and gather and self._watch is not None and self.all_fused and self._watch.quiet()
-        ) and not any(parts is not None and parts.has_dropout for parts in self._parts)
-        if not self._unproven and (self._watch is None or not self._watch.unchanged()):
+        self._assumed = []
+        if trust and gather and self._watch is not None and self._may_run_twice(self._watch):
+            self._assumed.append(self._watch.unchanged)
+        elif self._watch is None or not self._watch.unchanged():
             # Hooks on the norm would see what waits; its own `forward` is the engine's where `gather` is given.
             self._watch = Watch([*layers, norm])
             self._reasons = [why_no_layer(layer, spec) for layer in layers]
@@ -208,21 +210,32 @@ class Runtime:
         """Run what waits, on the input that the waiting layers handed on.
 
         Raises:
-            LayersChangedError: since an earlier forward; see `begin`.
+            WrongAssumptionError: something that was assumed is not so.
         """
+        assumed, self._assumed = self._assumed, []
         try:
             y_BSD = self._run_what_waits(x_BSD)
         except Exception as error:
-            if self._unproven and not self._same():
-                raise LayersChangedError from error
+            if not all(holds() for holds in assumed):
+                raise WrongAssumptionError from error
             raise
-        if self._unproven and not self._same():
-            raise LayersChangedError
-        self._unproven = False
+        if not all(holds() for holds in assumed):
+            raise WrongAssumptionError
         return y_BSD
 
-    def _same(self) -> bool:
-        return self._watch is not None and self._watch.unchanged()
+    @property
+    def assumes(self) -> bool:
+        """Whether this forward may `assume` something."""
+        return bool(self._assumed)
+
+    def assume(self, holds: Callable[[], bool]) -> None:
+        """Go on as if `holds()`, and ask when the layers are launched: `flush` raises `WrongAssumptionError` if not."""
+        self._assumed.append(holds)
+
+    def _may_run_twice(self, watch: Watch) -> bool:
+        """Whether nobody would notice if a forward were thrown away: no hook, no random number, no layer that runs
+        before all are launched."""
+        return watch.quiet() and all(parts is not None and not parts.has_dropout for parts in self._parts)
 
     def _run_what_waits(self, x_BSD: torch.Tensor) -> torch.Tensor:
         if not self._put_down:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastft import patch_model
 from fastft.engine import graphs, offload
 from fastft.engine.graphs import WARM_RUNS, Graphs
-from fastft.engine.runtime import Segment
+from fastft.engine.runtime import Runtime, Segment
 
 
 def copy_into(old: Any, new: Any) -> None:
@@ -211,6 +211,30 @@ def test_right_padding_is_recorded_too(recorder, toy, batch_of, step, error_of):
         _, fused = step(model, batch)
         assert error_of(fused, gradients) < 1e-5
     assert recorder.replayed == 2 * (len(batches) - WARM_RUNS)
+
+
+def test_a_mask_is_taken_for_right_padding_until_it_is_not(recorder, toy, batch_of, step, error_of, monkeypatch):
+    """What the last one was; the device is asked when the layers are launched, and a wrong guess runs again."""
+    begun: list[bool] = []
+    begin = Runtime.begin
+
+    def spy(*args: Any, trust: bool, **more: Any) -> None:
+        begun.append(trust)
+        begin(*args, trust=trust, **more)
+
+    model = toy()
+    forms = ["right", "right", "left", "left", "right", "right"]
+    stock = [step(model, batch_of(form, seed=seed)) for seed, form in enumerate(forms)]
+    monkeypatch.setattr(Runtime, "begin", spy)
+    patch_model(model, backend="eager", graphs="on")
+    counts = []
+    for (loss, gradients), (seed, form) in zip(stock, enumerate(forms), strict=True):
+        begun.clear()
+        fused_loss, fused = step(model, batch_of(form, seed=seed))
+        assert fused_loss == pytest.approx(loss, rel=1e-5)
+        assert error_of(fused, gradients) < 5e-5
+        counts.append(list(begun))
+    assert counts == [[True], [True], [True, False], [True], [True], [True]]
 
 
 def test_the_gradient_of_the_input_is_cut_to_its_rows(recorder, toy, batch_of, step, error_of):
