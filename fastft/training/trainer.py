@@ -219,6 +219,8 @@ def _trainer(
         use_cpu=device.kind == "cpu",
         seed=config.seed,
         logging_steps=config.log_steps,
+        # A loss that is no number is to be seen, and to look for one the host would wait for the device at every step.
+        logging_nan_inf_filter=False,
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
         report_to=[],
