@@ -11,8 +11,9 @@ from fastft.record import Record, read_records
 from reports.comparison import Comparison, Scenario, compare
 from reports.figures import scenario_figures
 from reports.html import render_html
+from reports.kernels import kernel_files, kernel_table
 from reports.markdown import FIGURES, render_markdown
-from reports.numbers import clean, plural
+from reports.numbers import DASH, clean, plural
 from reports.statistics import CONFIDENCE, MIN_PROCESSES, RESAMPLES
 from reports.tables import (
     Cell,
@@ -56,7 +57,8 @@ def build_report(
     """Write the report of all records in `inputs` to the folder `output`.
 
     Args:
-        inputs: JSONL files of records, or folders that hold some at any depth.
+        inputs: JSONL files of records, or folders that hold some at any depth; a `kernels.json` beside them, the
+            micro-benchmarks of kernels, becomes a table.
         output: a new or empty folder.
         title: the page's title; the names of the scenarios by default.
         baseline: the arm that all others are compared with.
@@ -70,14 +72,16 @@ def build_report(
     """
     sources = [(file, _read(file)) for file in _files(inputs)]
     records = [record for _, found in sources for record in found]
+    kernels = kernel_files(inputs)
     scenarios = compare(records, baseline=baseline, seed=seed)
     sections = _sections(scenarios, seed)
     document = Document(
         title=clean(title or f"Benchmark: {', '.join(scenario.name for scenario in scenarios)}", 160),
         facts=_facts(records),
         sections=sections,
+        kernels=kernel_table(kernels),
         how_to_read=_how_to_read(seed),
-        sources=_sources_table(sources),
+        sources=_sources_table(sources, kernels),
     )
     # Everything is rendered before anything is written: a failure up to here leaves the folder untouched.
     html, markdown = render_html(document), render_markdown(document)
@@ -150,11 +154,11 @@ def _facts(records: Sequence[Record]) -> str:
     return " · ".join([plural(len(records), "record"), *devices, *when])
 
 
-def _sources_table(sources: Sequence[tuple[Path, list[Record]]]) -> Table:
+def _sources_table(sources: Sequence[tuple[Path, list[Record]]], kernels: Sequence[Path]) -> Table:
     rows = []
-    for file, found in sources:
+    for file, count in [*((file, f"{len(found):,}") for file, found in sources), *((file, DASH) for file in kernels)]:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        rows.append((Cell(clean(file.name)), Cell(f"{len(found):,}"), Cell(digest)))
+        rows.append((Cell(clean(file.name)), Cell(count), Cell(digest)))
     return Table("Sources", ("File", "Records", "SHA-256"), tuple(rows), prose=True)
 
 
@@ -196,4 +200,9 @@ def _how_to_read(seed: int) -> tuple[tuple[str, str], ...]:
             "The largest relative difference from the baseline's loss at any step with the same seed.",
         ),
         ("±", "The standard deviation over seeds."),
+        (
+            "Of a copy's bandwidth",
+            "A kernel's bandwidth, counting each byte that it cannot avoid reading or writing once, over that of a "
+            "device-to-device copy of as many bytes, measured the same way.",
+        ),
     )

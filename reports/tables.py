@@ -72,6 +72,8 @@ class Document:
     title: str
     facts: str
     sections: tuple[Section, ...]
+    kernels: Table | None
+    """Micro-benchmarks of kernels, where there are some."""
     how_to_read: tuple[tuple[str, str], ...]
     """Term → explanation."""
     sources: Table

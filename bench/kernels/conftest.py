@@ -50,7 +50,12 @@ def measure_bandwidth(benchmark: Any) -> Callable[[str, Callable[[], Work]], Non
         graph = _capture([call for call, _ in works])
         seconds = _seconds_per_call(graph)
         benchmark.extra_info.update(
-            calls=CALLS, bytes=moved, gigabytes_per_second=moved / seconds / 1e9, share=copy_s / seconds
+            what=name,
+            device=torch.cuda.get_device_name(),
+            calls=CALLS,
+            bytes=moved,
+            gigabytes_per_second=moved / seconds / 1e9,
+            share=copy_s / seconds,
         )
         _rows.append((name, seconds, moved / seconds, copy_s / seconds))
 

@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -83,6 +84,33 @@ def test_html_is_well_formed_and_needs_nothing_from_outside(report):
     assert set(clips) <= set(page.ids)
     assert "prefers-color-scheme: dark" in text
     assert "#1d2126" not in text.split("</style>")[1], "a figure kept a fixed ink colour"
+
+
+KERNEL = {
+    "what": "activate triton F=8960", "device": "GPU <b>",
+    "bytes": 4.2e8, "gigabytes_per_second": 4200.0, "share": 0.93,
+}  # fmt: skip
+
+
+def test_micro_benchmarks_beside_the_records_become_a_table(records, saved, tmp_path):
+    slow = {**KERNEL, "what": "rotate triton", "share": 0.5}
+    file = saved(records()).with_name("kernels.json")
+    file.write_text(json.dumps({"benchmarks": [{"extra_info": facts} for facts in (KERNEL, slow)]}))
+    made = build_report([file.parent], tmp_path / "page")
+    text = made.markdown.read_text()
+    assert "## Kernels on GPU &lt;b&gt;" in text
+    assert "| activate triton F=8960 | 100.0 | 4,200 | 93 % |" in text
+    assert 'class="warn">50 %' in made.html.read_text()
+    assert "kernels.json" in text.rpartition("## Sources")[2]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"benchmarks": [{"extra_info": {}}]}', '{"benchmarks": [{}]}'])
+def test_other_files_of_that_name_are_refused(text, records, saved, tmp_path):
+    file = saved(records()).with_name("kernels.json")
+    file.write_text(text)
+    with pytest.raises(DataError, match=r"cannot read .*kernels\.json"):
+        build_report([file.parent], tmp_path / "page")
+    assert not (tmp_path / "page").exists()
 
 
 def test_figures_are_svg_files_with_text(report):

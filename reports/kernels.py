@@ -1,0 +1,66 @@
+"""Micro-benchmarks of kernels (`pytest bench/kernels --benchmark-json kernels.json`) → a table."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastft.errors import DataError
+from reports.numbers import clean, number
+from reports.tables import Cell, Table
+
+FILE = "kernels.json"
+TARGET_SHARE = 0.85
+"""Of the bandwidth of a copy: below it a kernel is marked."""
+_FACTS = ("what", "device", "bytes", "gigabytes_per_second", "share")
+
+
+def kernel_files(inputs: Sequence[Path]) -> list[Path]:
+    """The benchmarks that lie beside the records, in order."""
+    folders = dict.fromkeys(path if path.is_dir() else path.parent for path in inputs)
+    return list(dict.fromkeys(file for folder in folders for file in sorted(folder.rglob(FILE))))
+
+
+def kernel_table(files: Sequence[Path]) -> Table | None:
+    """A row a kernel: its time, its bandwidth, and how much that is of a copy's; None without files.
+
+    Raises:
+        DataError: a file is no such benchmark.
+    """
+    found = [facts for file in files for facts in _read(file)]
+    if not found:
+        return None
+    devices = ", ".join(dict.fromkeys(clean(facts["device"], 60) for facts in found))
+    rows = tuple(
+        (
+            Cell(clean(facts["what"], 100)),
+            Cell(number(facts["bytes"] / facts["gigabytes_per_second"] / 1e3)),
+            Cell(number(facts["gigabytes_per_second"])),
+            Cell(f"{100 * facts['share']:.0f} %", tone=_tone(facts)),
+        )
+        for facts in found
+    )
+    return Table(f"Kernels on {devices}", ("Kernel", "µs", "GB/s", "Of a copy's bandwidth"), rows)
+
+
+def _tone(facts: dict[str, Any]) -> Any:
+    if " reference " in facts["what"]:
+        return "muted"
+    return "" if facts["share"] >= TARGET_SHARE else "warn"
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    try:
+        benchmarks = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
+        found = [{name: benchmark["extra_info"][name] for name in _FACTS} for benchmark in benchmarks]
+        for facts in found:
+            float(facts["share"])
+            float(facts["bytes"]) / float(facts["gigabytes_per_second"])
+            str(facts["what"]), str(facts["device"])
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise DataError(
+            f"cannot read {file}", got=f"{type(error).__name__}: {error}",
+            allowed="what `pytest bench/kernels --benchmark-json kernels.json` writes on a GPU",
+            fix="run it again, or take the file away",
+        ) from error  # fmt: skip
+    return found
