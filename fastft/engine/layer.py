@@ -333,16 +333,18 @@ def _through_activation(
         return _ActivationGradients(together, b_gradients(together, made.low_gate_up, parts.gate_up), da_down, db_down)
     a = parts.down.a
     dact_term = None if dlow is None or a is None else AdapterTerm(dlow, a.to(dlow.dtype))
+    matrices = [linear.b for linear in parts.gate_up]
+    trained = next(m for m in (*matrices, a) if m is not None)
     d = call.ops.activate_adapted_backward(
-        dact, made.gate, made.up, parts.activation, *_gate_up_terms(made, call), dact_term, halves, overwrite=overwrite
-    )
+        dact, made.gate, made.up, parts.activation, *_gate_up_terms(made, call), dact_term, halves,
+        overwrite=overwrite, dtype=trained.dtype,
+    )  # fmt: skip
     dbs: list[torch.Tensor | None] = [d.db_gate_FR, d.db_up_FR]
     together = (d.dgate_TF,) if d.dup_TF is None else (d.dgate_TF, d.dup_TF)
     if packed is not None:
         halves_of_b = [db for db in dbs if db is not None]
         dbs = [torch.cat(halves_of_b) if halves_of_b else None]
         together = (packed,)
-    matrices = [linear.b for linear in parts.gate_up]
     db_gate_up = [None if b is None or db is None else db.to(b.dtype) for b, db in zip(matrices, dbs, strict=False)]
     da_down = None if a is None or d.da_down_RF is None else d.da_down_RF.to(a.dtype)
     return _ActivationGradients(together, db_gate_up, da_down, db_down)

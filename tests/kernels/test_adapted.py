@@ -167,6 +167,14 @@ def test_rotation_against_fp64(case, packed, dtype, device, kernels, assert_accu
     assert_close(q, turned, atol=0.1, rtol=0.05)
 
 
+def test_the_adapters_gradients_come_in_their_dtype(device, kernels):
+    problem = Problem(20, 33, (4, 4, 4), gated=True, dtype=torch.float32, device=device)
+    arguments = (problem.dact, problem.gate, problem.up, "silu", *problem.terms, problem.dact_term)
+    wide, narrow = (kernels.activate_backward(*arguments, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert_close(list(narrow[2:]), [g.bfloat16() for g in wide[2:]], rtol=0, atol=0)
+    assert narrow.dgate_TF.dtype == torch.float32
+
+
 @pytest.mark.parametrize("shape", [(0, 32), (3, 0)])
 def test_nothing_to_do(shape, device, kernels):
     T, F = shape

@@ -17,6 +17,6 @@ class Gradients(NamedTuple):
     dgate_TF: "Tensor"
     dup_TF: "Tensor | None"
     db_gate_FR: "Tensor | None"
-    """fp32, as are the other adapters' gradients."""
+    """Summed in fp32, as are the other adapters' gradients."""
     db_up_FR: "Tensor | None"
     da_down_RF: "Tensor | None"

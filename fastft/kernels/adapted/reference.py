@@ -41,6 +41,7 @@ def activate_backward(
     out: tuple[Tensor, Tensor] | None = None,
     *,
     overwrite: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Gradients:
     """The gradients of `activate`, and of the adapters on gate, up and down as far as the sums over tokens go.
 
@@ -58,15 +59,16 @@ def activate_backward(
         dact_term: what the adapter adds to `dact_TF`; its factor is part of its low side, which `da_down` is made of.
         out: where to write dgate and dup, such as the halves of a packed gradient; new tensors if None.
         overwrite: whether dgate and dup may take the places of `gate_TF` and `up_TF`.
+        dtype: of the adapters' gradients.
     """
     gate, up = _sum(gate_TF, gate_term), None if up_TF is None else _sum(up_TF, up_term)
     dgate, dup, act = reference.activate_backward(_sum(dact_TF, dact_term), gate, up, kind, out)
     return Gradients(
         dgate,
         dup,
-        None if gate_term is None else gate_term.scaling * (dgate.t() @ gate_term.low_TR).float(),
-        None if up_term is None or dup is None else up_term.scaling * (dup.t() @ up_term.low_TR).float(),
-        None if dact_term is None else (dact_term.low_TR.t() @ act).float(),
+        None if gate_term is None else (gate_term.scaling * (dgate.t() @ gate_term.low_TR)).to(dtype),
+        None if up_term is None or dup is None else (up_term.scaling * (dup.t() @ up_term.low_TR)).to(dtype),
+        None if dact_term is None else (dact_term.low_TR.t() @ act).to(dtype),
     )
 
 

@@ -302,6 +302,7 @@ def activate_backward(
     out: tuple[Tensor, Tensor] | None = None,
     *,
     overwrite: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Gradients:
     """See `reference.activate_backward`; sums and ranks as in `activate`.  The rows of `out` are contiguous."""
     T, F = gate_TF.shape
@@ -330,7 +331,8 @@ def activate_backward(
             )  # fmt: skip
     else:
         sums_SN.zero_()
-    sums = (sums_SN[0] if len(sums_SN) == 1 else sums_SN.sum(dim=0)).split(sizes)
+    # All at once: three small tensors' launches cost more than their work.
+    sums = (sums_SN[0] if len(sums_SN) == 1 else sums_SN.sum(dim=0)).to(dtype).split(sizes)
     return Gradients(
         dgate_TF,
         dup_TF,
