@@ -38,12 +38,12 @@ class HostBuffers:
 
     def take(self, like: torch.Tensor) -> torch.Tensor:
         """The next buffer, as a contiguous tensor of the shape and dtype of `like`."""
+        size = next_power_of_2(like.nbytes)  # PyTorch rounds page-locked memory up to such sizes anyhow
         if self._next == len(self._buffers):
-            self._buffers.append(self._allocate(0))
-        if self._buffers[self._next].nbytes < like.nbytes:
+            self._buffers.append(self._allocate(size))
+        elif self._buffers[self._next].nbytes < like.nbytes:
             self._outgrown.append(self._buffers[self._next])
-            # PyTorch rounds page-locked memory up to such sizes anyhow.
-            self._buffers[self._next] = self._allocate(next_power_of_2(like.nbytes))
+            self._buffers[self._next] = self._allocate(size)
         buffer = self._buffers[self._next]
         self._next += 1
         return buffer[: like.nbytes].view(like.dtype).view(like.shape)
