@@ -11,7 +11,7 @@ from fastft.record import Record, read_records
 from reports.comparison import Comparison, Scenario, compare
 from reports.figures import scenario_figures
 from reports.html import render_html
-from reports.kernels import kernel_files, kernel_table
+from reports.kernels import SHARE, kernel_files, kernel_table
 from reports.markdown import FIGURES, render_markdown
 from reports.numbers import DASH, clean, plural
 from reports.statistics import CONFIDENCE, MIN_PROCESSES, RESAMPLES
@@ -80,7 +80,7 @@ def build_report(
         facts=_facts(records),
         sections=sections,
         kernels=kernel_table(kernels),
-        how_to_read=_how_to_read(seed),
+        how_to_read=(*_how_to_read(seed), *([SHARE] if kernels else [])),
         sources=_sources_table(sources, kernels),
     )
     # Everything is rendered before anything is written: a failure up to here leaves the folder untouched.
@@ -200,9 +200,4 @@ def _how_to_read(seed: int) -> tuple[tuple[str, str], ...]:
             "The largest relative difference from the baseline's loss at any step with the same seed.",
         ),
         ("±", "The standard deviation over seeds."),
-        (
-            "Of a copy's bandwidth",
-            "A kernel's bandwidth, counting each byte that it cannot avoid reading or writing once, over that of a "
-            "device-to-device copy of as many bytes, measured the same way.",
-        ),
     )

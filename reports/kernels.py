@@ -12,6 +12,12 @@ from reports.tables import Cell, Table
 FILE = "kernels.json"
 TARGET_SHARE = 0.85
 """Of the bandwidth of a copy: below it a kernel is marked."""
+SHARE = (
+    "Of a copy's bandwidth",
+    "A kernel's bandwidth, counting each byte that it cannot avoid reading or writing once, over that of a "
+    "device-to-device copy of as many bytes, measured the same way.",
+)
+"""What a reader is told about the last column."""
 _FACTS = ("what", "device", "bytes", "gigabytes_per_second", "share")
 
 
@@ -36,17 +42,20 @@ def kernel_table(files: Sequence[Path]) -> Table | None:
             Cell(clean(facts["what"], 100)),
             Cell(number(facts["bytes"] / facts["gigabytes_per_second"] / 1e3)),
             Cell(number(facts["gigabytes_per_second"])),
-            Cell(f"{100 * facts['share']:.0f} %", tone=_tone(facts)),
+            _share(facts),
         )
         for facts in found
     )
-    return Table(f"Kernels on {devices}", ("Kernel", "µs", "GB/s", "Of a copy's bandwidth"), rows)
+    return Table(f"Kernels on {devices}", ("Kernel", "µs", "GB/s", SHARE[0]), rows)
 
 
-def _tone(facts: dict[str, Any]) -> Any:
+def _share(facts: dict[str, Any]) -> Cell:
+    text = f"{100 * facts['share']:.0f} %"
     if " reference " in facts["what"]:
-        return "muted"
-    return "" if facts["share"] >= TARGET_SHARE else "warn"
+        return Cell(text, tone="muted")
+    if facts["share"] >= TARGET_SHARE:
+        return Cell(text)
+    return Cell(text, detail=f"under {100 * TARGET_SHARE:.0f} %", tone="warn")
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

@@ -100,7 +100,7 @@ def test_micro_benchmarks_beside_the_records_become_a_table(records, saved, tmp_
     text = made.markdown.read_text()
     assert "## Kernels on GPU &lt;b&gt;" in text
     assert "| activate triton F=8960 | 100.0 | 4,200 | 93 % |" in text
-    assert 'class="warn">50 %' in made.html.read_text()
+    assert 'class="warn">50 %<small>under 85 %</small>' in made.html.read_text()
     assert "kernels.json" in text.rpartition("## Sources")[2]
 
 
