@@ -56,6 +56,7 @@ def measure_bandwidth(benchmark: Any) -> Callable[[str, Callable[[], Work]], Non
             bytes=moved,
             gigabytes_per_second=moved / seconds / 1e9,
             share=copy_s / seconds,
+            target_share=TARGET_SHARE,
         )
         _rows.append((name, seconds, moved / seconds, copy_s / seconds))
 

@@ -21,6 +21,7 @@ Both:
 
     patch.py     puts the engine into a Hugging Face model, and takes it out again
     state.py     what patched modules know;  aside.py  what the host asks the device while it works
+    streams.py   streams beside the one that computes
     support.py   why a module cannot run fused;  ledger.py  which path each module runs
     head.py, loss.py, norm.py   the model with head, head and cross-entropy together, the final norm
 

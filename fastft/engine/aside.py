@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
+from fastft.engine.streams import side_stream
 
 
 class Aside:
@@ -25,9 +25,7 @@ class Aside:
         if self._start is None:
             yield
             return
-        if self._device not in _streams:
-            _streams[self._device] = torch.cuda.Stream(self._device)
-        with torch.cuda.stream(_streams[self._device]):
+        with torch.cuda.stream(side_stream(self._device, "questions")):
             torch.cuda.current_stream(self._device).wait_event(self._start)
             yield
 
@@ -35,6 +33,6 @@ class Aside:
         """A tensor that was made while `asking`, for use in the current stream."""
         if self._start is not None:
             stream = torch.cuda.current_stream(self._device)
-            stream.wait_stream(_streams[self._device])
+            stream.wait_stream(side_stream(self._device, "questions"))
             made.record_stream(stream)
         return made

@@ -6,6 +6,7 @@ the ledger says why.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -139,10 +140,9 @@ def backbone_forward(
     if not (self.training and torch.is_grad_enabled()):
         return original_forward(self)(**arguments, **kwargs)
     try:
-        try:
+        with suppress(WrongAssumptionError):
             return _train_forward(self, arguments, targets, kwargs, trust=True)
-        except WrongAssumptionError:
-            pass  # and let go of what the exception holds, before it all runs again
+        # The exception, and what its frames hold, is gone before it all runs again.
         return _train_forward(self, arguments, targets, kwargs, trust=False)
     finally:
         runtime.end()

@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fastft.engine.layer import Saved
+from fastft.engine.streams import side_stream
 from fastft.kernels.launch import next_power_of_2
 
 _WORTH_MOVING = 2**20
 """Bytes.  Statistics and random states stay: their copies would cost more launches than they free memory."""
-
-_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 class HostBuffers:
@@ -87,7 +86,7 @@ class Transfer:
         if not large:
             return
         device = tensors[large[0]].device  # type: ignore[union-attr]
-        self._stream, self._device = _stream_of(device), device
+        self._stream, self._device = side_stream(device, "copies"), device
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             for i in large:
@@ -132,9 +131,3 @@ class Transfer:
 
 def _page_locked(size: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-
-
-def _stream_of(device: torch.device) -> torch.cuda.Stream:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]

@@ -43,6 +43,16 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def optional_unit_stride(x: Tensor | None) -> Tensor | None:
+    """`unit_stride` of what may not be there."""
+    return None if x is None else unit_stride(x)
+
+
+def place_of(x: Tensor, *, overwrite: bool) -> Tensor:
+    """Where a result of `x`'s shape and dtype goes: into `x`, or a new contiguous tensor."""
+    return x if overwrite else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 def device_guard(x: Tensor) -> AbstractContextManager[object]:
     """Makes `x`'s GPU the current one for a launch: Triton launches on the current GPU, not on the tensors'."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fastft.engine.runtime import Runtime
 from fastft.models.shapes import SHAPES
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -141,6 +142,20 @@ def step() -> Callable[..., tuple[float, dict[str, Tensor]]]:
 @pytest.fixture
 def error_of() -> Callable[[dict[str, Tensor], dict[str, Tensor]], float]:
     return worst_error
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Fills with `trust` of every training forward that begins."""
+    seen: list[bool] = []
+    begin = Runtime.begin
+
+    def spy(*args: Any, trust: bool, **more: Any) -> None:
+        seen.append(trust)
+        begin(*args, trust=trust, **more)
+
+    monkeypatch.setattr(Runtime, "begin", spy)
+    return seen
 
 
 @pytest.fixture

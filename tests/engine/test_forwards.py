@@ -201,17 +201,9 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changed_is_noticed_behind_the_launch_and_the_forward_runs_again(
-    change, toy, batch_of, step, error_of, monkeypatch
+    change, toy, batch_of, step, error_of, begun
 ):
     batch = batch_of("none")
-    begun: list[bool] = []
-    begin = Runtime.begin
-
-    def spy(*args: Any, trust: bool, **more: Any) -> None:
-        begun.append(trust)
-        begin(*args, trust=trust, **more)
-
-    monkeypatch.setattr(Runtime, "begin", spy)
     results = []
     for patched in (False, True):
         model = toy()

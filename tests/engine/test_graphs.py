@@ -14,7 +14,7 @@ from torch import Tensor
 from fastft import patch_model
 from fastft.engine import graphs, offload
 from fastft.engine.graphs import WARM_RUNS, Graphs
-from fastft.engine.runtime import Runtime, Segment
+from fastft.engine.runtime import Segment
 
 
 def copy_into(old: Any, new: Any) -> None:
@@ -213,19 +213,11 @@ def test_right_padding_is_recorded_too(recorder, toy, batch_of, step, error_of):
     assert recorder.replayed == 2 * (len(batches) - WARM_RUNS)
 
 
-def test_a_mask_is_taken_for_right_padding_until_it_is_not(recorder, toy, batch_of, step, error_of, monkeypatch):
+def test_a_mask_is_taken_for_right_padding_until_it_is_not(recorder, toy, batch_of, step, error_of, begun):
     """What the last one was; the device is asked when the layers are launched, and a wrong guess runs again."""
-    begun: list[bool] = []
-    begin = Runtime.begin
-
-    def spy(*args: Any, trust: bool, **more: Any) -> None:
-        begun.append(trust)
-        begin(*args, trust=trust, **more)
-
     model = toy()
     forms = ["right", "right", "left", "left", "right", "right"]
     stock = [step(model, batch_of(form, seed=seed)) for seed, form in enumerate(forms)]
-    monkeypatch.setattr(Runtime, "begin", spy)
     patch_model(model, backend="eager", graphs="on")
     counts = []
     for (loss, gradients), (seed, form) in zip(stock, enumerate(forms), strict=True):

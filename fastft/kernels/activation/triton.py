@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels.activation import ActivationKind
-from fastft.kernels.launch import device_guard, unit_stride
+from fastft.kernels.launch import device_guard, optional_unit_stride, place_of, unit_stride
 
 # Two 128-bit accesses of a 16-bit type per thread and tensor.  There is no reduction, so small programs do.
 _BLOCK_F = 2048
@@ -29,7 +29,7 @@ def _tile(blocks_per_row, F, BLOCK_F: tl.constexpr):
 
 
 @triton.jit
-def _activation(x_F, KIND: tl.constexpr):
+def activation_and_slope(x_F, KIND: tl.constexpr):
     """The activation of x, and its derivative."""
     if KIND == "gelu":
         share_F = 0.5 * (1.0 + tl.math.erf(x_F * 0.7071067811865476))
@@ -51,7 +51,7 @@ def _forward_kernel(
 ):
     row, columns_F, mask_F = _tile(blocks_per_row, F, BLOCK_F)
     gate_F = tl.load(gate_ptr + row * gate_stride + columns_F, mask=mask_F, other=0.0).to(tl.float32)
-    act_F, _ = _activation(gate_F, KIND)
+    act_F, _ = activation_and_slope(gate_F, KIND)
     if up_ptr is not None:
         up_F = tl.load(up_ptr + row * up_stride + columns_F, mask=mask_F, other=0.0).to(tl.float32)
         act_F = act_F.to(act_ptr.dtype.element_ty).to(tl.float32) * up_F
@@ -67,7 +67,7 @@ def _backward_kernel(
     row, columns_F, mask_F = _tile(blocks_per_row, F, BLOCK_F)
     dact_F = tl.load(dact_ptr + row * dact_stride + columns_F, mask=mask_F, other=0.0).to(tl.float32)
     gate_F = tl.load(gate_ptr + row * gate_stride + columns_F, mask=mask_F, other=0.0).to(tl.float32)
-    act_F, slope_F = _activation(gate_F, KIND)
+    act_F, slope_F = activation_and_slope(gate_F, KIND)
     dgate_F = dact_F * slope_F
     if up_ptr is not None:
         up_F = tl.load(up_ptr + row * up_stride + columns_F, mask=mask_F, other=0.0).to(tl.float32)
@@ -92,15 +92,16 @@ def _walk(*tensors_TF: Tensor | None) -> tuple[int, int, list[int]]:
     return T, F, [0 if x_TF is None else x_TF.stride(0) for x_TF in tensors_TF]
 
 
-def _optional_unit_stride(x_TF: Tensor | None) -> Tensor | None:
-    return None if x_TF is None else unit_stride(x_TF)
+def gradient_places(gate_TF: Tensor, up_TF: Tensor | None, *, overwrite: bool) -> tuple[Tensor, Tensor | None]:
+    """Where the gradients of gate and up go: into their places, or new tensors."""
+    return place_of(gate_TF, overwrite=overwrite), None if up_TF is None else place_of(up_TF, overwrite=overwrite)
 
 
 def activate(gate_TF: Tensor, up_TF: Tensor | None, kind: ActivationKind) -> Tensor:
     """`act_TF`; see `reference.activate`."""
     act_TF = torch.empty(gate_TF.shape, dtype=gate_TF.dtype, device=gate_TF.device)
     if act_TF.numel():
-        gate_TF, up_TF = unit_stride(gate_TF), _optional_unit_stride(up_TF)
+        gate_TF, up_TF = unit_stride(gate_TF), optional_unit_stride(up_TF)
         rows, width, strides = _walk(gate_TF, up_TF)
         blocks_per_row = triton.cdiv(width, _BLOCK_F)
         with device_guard(gate_TF):
@@ -124,16 +125,9 @@ def activate_backward(
 
     With `overwrite` nothing is allocated: each program reads its elements before it writes any.
     """
-    T, F = gate_TF.shape
-    inputs = unit_stride(dact_TF), unit_stride(gate_TF), _optional_unit_stride(up_TF)
-
-    def at(place_TF: Tensor | None) -> Tensor:
-        if overwrite and place_TF is not None:
-            return place_TF
-        return torch.empty((T, F), dtype=gate_TF.dtype, device=gate_TF.device)
-
-    dgate_TF, dup_TF = out if out is not None else (at(inputs[1]), None if up_TF is None else at(inputs[2]))
-    act_TF = at(inputs[0])
+    dact_TF, gate_TF, up_TF = inputs = unit_stride(dact_TF), unit_stride(gate_TF), optional_unit_stride(up_TF)
+    dgate_TF, dup_TF = out if out is not None else gradient_places(gate_TF, up_TF, overwrite=overwrite)
+    act_TF = place_of(dact_TF, overwrite=overwrite)
     if act_TF.numel():
         rows, width, strides = _walk(*inputs, dgate_TF, dup_TF, act_TF)
         blocks_per_row = triton.cdiv(width, _BLOCK_F)

@@ -27,7 +27,7 @@ def activate(
         gate_term: what the adapter adds to gate, in its dtype.
         up_term: the same for up.
     """
-    return reference.activate(_sum(gate_TF, gate_term), None if up_TF is None else _sum(up_TF, up_term), kind)
+    return reference.activate(plus_term(gate_TF, gate_term), None if up_TF is None else plus_term(up_TF, up_term), kind)
 
 
 def activate_backward(
@@ -61,8 +61,8 @@ def activate_backward(
         overwrite: whether dgate and dup may take the places of `gate_TF` and `up_TF`.
         dtype: of the adapters' gradients.
     """
-    gate, up = _sum(gate_TF, gate_term), None if up_TF is None else _sum(up_TF, up_term)
-    dgate, dup, act = reference.activate_backward(_sum(dact_TF, dact_term), gate, up, kind, out)
+    gate, up = plus_term(gate_TF, gate_term), None if up_TF is None else plus_term(up_TF, up_term)
+    dgate, dup, act = reference.activate_backward(plus_term(dact_TF, dact_term), gate, up, kind, out)
     return Gradients(
         dgate,
         dup,
@@ -75,7 +75,7 @@ def activate_backward(
 def add(x_TF: Tensor, residual_TF: Tensor, term: AdapterTerm, multiplier: float = 1.0) -> Tensor:
     """`residual + multiplier · (x + term)` (T × F, dtype of `x_TF`); into x's place, where that is contiguous."""
     x_TF = x_TF.contiguous()
-    return torch.add(residual_TF, _sum(x_TF, term), alpha=multiplier, out=x_TF)
+    return torch.add(residual_TF, plus_term(x_TF, term), alpha=multiplier, out=x_TF)
 
 
 def rotate_(
@@ -104,9 +104,10 @@ def rotate_(
     """
     for x_THd, term in ((q_THd, q_term), (k_THd, k_term)):
         if term is not None:
-            x_THd.copy_(_sum(x_THd.flatten(1), term).view(x_THd.shape))
+            x_THd.copy_(plus_term(x_THd.flatten(1), term).view(x_THd.shape))
         rope_(x_THd, cos_Sr, sin_Sr, inverse=inverse)
 
 
-def _sum(x_TF: Tensor, term: AdapterTerm | None) -> Tensor:
+def plus_term(x_TF: Tensor, term: AdapterTerm | None) -> Tensor:
+    """x + term, a new tensor; x itself without one."""
     return x_TF if term is None else torch.addmm(x_TF, term.low_TR, term.matrix_RO, alpha=term.scaling)

@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels.activation import ActivationKind
-from fastft.kernels.activation.triton import _activation
+from fastft.kernels.activation.triton import activation_and_slope, gradient_places
 from fastft.kernels.adapted import Gradients
-from fastft.kernels.launch import device_guard, next_power_of_2, unit_stride
+from fastft.kernels.adapted.reference import plus_term
+from fastft.kernels.launch import device_guard, next_power_of_2, optional_unit_stride, unit_stride
 from fastft.kernels.lora_linear import AdapterTerm
 from fastft.kernels.rope import rotary_width
 from fastft.kernels.rope.triton import rope_
@@ -91,7 +92,7 @@ def _activate_kernel(
         if low_gate_ptr is not None:
             low_TR = _low(low_gate_ptr, rows_T, last, low_gate_stride, RANK_GATE, BLOCK_R)
             gate_TF += gate_scaling * _dot(low_TR, b_gate_RF)
-        act_TF, _ = _activation(gate_TF, KIND)
+        act_TF, _ = activation_and_slope(gate_TF, KIND)
         if up_ptr is not None:
             up_TF = tl.load(up_ptr + rows_T[:, None] * up_stride + columns_F[None, :], mask=mask_TF, other=0.0)
             up_TF = up_TF.to(tl.float32)
@@ -145,7 +146,7 @@ def _activate_backward_kernel(
         if low_gate_ptr is not None:
             low_gate_TR = _low(low_gate_ptr, rows_T, last, low_gate_stride, RANK_GATE, BLOCK_R)
             gate_TF += gate_scaling * _dot(low_gate_TR, b_gate_RF)
-        act_TF, slope_TF = _activation(gate_TF, KIND)
+        act_TF, slope_TF = activation_and_slope(gate_TF, KIND)
         dgate_TF = dact_TF * slope_TF
         if up_ptr is not None:
             up_TF = tl.load(up_ptr + rows_T[:, None] * up_stride + columns_F[None, :], mask=mask_TF, other=0.0)
@@ -245,6 +246,7 @@ class _Launch(NamedTuple):
 
     block_t: int
     block_f: int
+    """Columns of a program; a head's where it rotates."""
     warps: int
     programs: int
     """How many share the work, about: several for each multiprocessor of a large GPU."""
@@ -253,7 +255,10 @@ class _Launch(NamedTuple):
 
     def grid(self, T: int, F: int) -> tuple[tuple[int, int], int]:
         """Blocks of columns and shares of the rows; the rows of a share."""
-        across = triton.cdiv(F, self.block_f)
+        return self.shared(T, triton.cdiv(F, self.block_f))
+
+    def shared(self, T: int, across: int) -> tuple[tuple[int, int], int]:
+        """The same for so many blocks of columns."""
         down = max(1, min(self.programs // max(1, across), T // _MIN_ROWS))
         rows_each = max(1, triton.cdiv(triton.cdiv(T, down), self.block_t)) * self.block_t
         return (across, max(1, triton.cdiv(T, rows_each))), rows_each
@@ -274,7 +279,7 @@ def activate(
 ) -> Tensor:
     """`act_TF`; see `reference.activate`.  Sums are fp32; ranks at most `MAX_RANK`."""
     T, F = gate_TF.shape
-    gate_TF, up_TF = unit_stride(gate_TF), None if up_TF is None else unit_stride(up_TF)
+    gate_TF, up_TF = unit_stride(gate_TF), optional_unit_stride(up_TF)
     act_TF = torch.empty((T, F), dtype=gate_TF.dtype, device=gate_TF.device)
     if act_TF.numel():
         gate, up = _arguments(gate_term), _arguments(up_term)
@@ -306,14 +311,8 @@ def activate_backward(
 ) -> Gradients:
     """See `reference.activate_backward`; sums and ranks as in `activate`.  The rows of `out` are contiguous."""
     T, F = gate_TF.shape
-    inputs = unit_stride(dact_TF), unit_stride(gate_TF), None if up_TF is None else unit_stride(up_TF)
-
-    def at(place_TF: Tensor | None) -> Tensor:
-        if overwrite and place_TF is not None:
-            return place_TF
-        return torch.empty((T, F), dtype=gate_TF.dtype, device=gate_TF.device)
-
-    dgate_TF, dup_TF = out if out is not None else (at(inputs[1]), None if up_TF is None else at(inputs[2]))
+    dact_TF, gate_TF, up_TF = inputs = unit_stride(dact_TF), unit_stride(gate_TF), optional_unit_stride(up_TF)
+    dgate_TF, dup_TF = out if out is not None else gradient_places(gate_TF, up_TF, overwrite=overwrite)
     gate, up, down = _arguments(gate_term), _arguments(up_term), _arguments(dact_term)
     sizes = [F * each.rank for each in (gate, up, down)]
     grid, rows_each = _BACKWARD.grid(T, F)
@@ -381,15 +380,14 @@ def rotate_(
     if not (alike and side_by_side and k_THd.shape[-1] == d == 2 * half == next_power_of_2(d)):
         for x_THd, term in ((q_THd, q_term), (k_THd, k_term)):
             if term is not None:
-                # Of a packed projection's view, `flatten` is one too.
-                x_THd.flatten(1).addmm_(term.low_TR, term.matrix_RO, alpha=term.scaling)
+                x_THd.copy_(plus_term(x_THd.flatten(1), term).view(x_THd.shape))
             rope_(x_THd, cos_Sr, sin_Sr, inverse=inverse)
         return
     T, H, _ = q_THd.shape
     if T:
         cos_Sr, sin_Sr = unit_stride(cos_Sr), unit_stride(sin_Sr)
         q, k = _arguments(q_term), _arguments(k_term)
-        grid, rows_each = _ROTATE.grid(T, (H + k_THd.shape[1]) * _ROTATE.block_f)
+        grid, rows_each = _ROTATE.shared(T, H + k_THd.shape[1])
         with device_guard(q_THd):
             _rotate_kernel[grid](
                 q_THd, k_THd, cos_Sr, sin_Sr, *q.pointers, *k.pointers,
