@@ -13,6 +13,7 @@ from fastft.engine.loss import IGNORED, Targets, linear_cross_entropy
 from fastft.engine.state import STATE, compute_dtype, original_forward, state_of
 from fastft.engine.support import why_no_head, why_no_loss
 from fastft.kernels.cross_entropy import LogitTransform
+from fastft.models.kv_cache import KV_CACHE, given_cache
 from fastft.models.spec import LayerSpec
 
 
@@ -35,7 +36,7 @@ def causal_lm_forward(
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": position_ids,
-        "past_key_values": past_key_values,
+        KV_CACHE: given_cache(past_key_values, kwargs),
         "inputs_embeds": inputs_embeds,
         "use_cache": use_cache,
         **kwargs,
@@ -70,7 +71,7 @@ def causal_lm_forward(
     )
     result = LazyLogitsOutput(
         loss=loss,
-        past_key_values=outputs.past_key_values,
+        **{KV_CACHE: outputs.get(KV_CACHE)},
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )

@@ -11,6 +11,7 @@ modules.  With `norm` and `post` for norms (where there are any) and m for the r
 """
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ ACTIVATIONS: "dict[str, ActivationKind]" = {
     "GELUTanh": "gelu_tanh",
 }
 """By the class of Hugging Face's (or PyTorch's) module."""
+
+
+def _transformers_version() -> tuple[int, int]:
+    """Major and minor; families change with them."""
+    major, minor = version("transformers").split(".")[:2]
+    return int(major), int(minor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +182,7 @@ SPECS: dict[str, LayerSpec] = {
         layers="h",
         final_norm="ln_f",
         returns_tuple=True,
-        separates_documents=False,
+        separates_documents=_transformers_version() >= (5, 24),
         layer_class="FalconDecoderLayer",
         norm_class="LayerNorm",
         norm_kind="layer",

@@ -13,6 +13,7 @@ from fastft.data.arithmetic import is_correct
 from fastft.data.encoding import TEMPLATE_DATE
 from fastft.data.formats import Message, conversation_of
 from fastft.errors import DataError
+from fastft.models.kv_cache import KV_CACHE
 
 
 def evaluate_exact_match(
@@ -94,9 +95,9 @@ def _greedy(model: nn.Module, ids_BS: Tensor, mask_BS: Tensor, max_new_tokens: i
     for _ in range(max_new_tokens):
         output = model(
             input_ids=step_BS, attention_mask=mask_BS, position_ids=positions_BS,
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
+            **{KV_CACHE: cache}, use_cache=True, logits_to_keep=1,
         )  # fmt: skip
-        cache = output.past_key_values
+        cache = getattr(output, KV_CACHE)
         step_BS = output.logits[:, -1:].argmax(-1)
         new.append(step_BS)
         done_B |= torch.isin(step_BS[:, 0], stops)

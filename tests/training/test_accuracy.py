@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastft.data.arithmetic import generate
 from fastft.data.formats import Message, conversation_of
 from fastft.errors import DataError
+from fastft.models.kv_cache import KV_CACHE
 from fastft.training.accuracy import evaluate_exact_match, generate_answers
 
 FOLDER = str(files("fastft.models") / "tiny")
@@ -99,15 +100,16 @@ class _Recital(nn.Module):
             conversation_of(row, where="row").messages[0].content: a for row, a in zip(rows, answers, strict=True)
         }
 
-    def forward(self, input_ids: Any, past_key_values: Any = None, **_: Any) -> Any:
-        if past_key_values is None:
+    def forward(self, input_ids: Any, **given: Any) -> Any:
+        rests = given[KV_CACHE]
+        if rests is None:
             prompts = self.tokenizer.batch_decode(input_ids)
             texts = [next(a for question, a in self.answers.items() if question in prompt) for prompt in prompts]
-            past_key_values = [
+            rests = [
                 [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
                 for text in texts
             ]
         logits = torch.zeros(len(input_ids), 1, len(self.tokenizer))
-        for row, rest in enumerate(past_key_values):
+        for row, rest in enumerate(rests):
             logits[row, 0, rest.pop(0) if rest else self.tokenizer.pad_token_id] = 1.0
-        return type("Output", (), {"logits": logits, "past_key_values": past_key_values})()
+        return type("Output", (), {"logits": logits, KV_CACHE: rests})()
