@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 def test_cross_entropy(
     implementation: str, vocabulary: int, measure_bandwidth: Callable[[str, Callable[[], Any]], None]
 ) -> None:
-    """Counts one read and one write of the logits: the kernel's second read costs share, unless the L2 cache has it."""
+    """Counts one read and one write of the logits."""
     cross_entropy_ = import_module(f"fastft.kernels.cross_entropy.{implementation}").cross_entropy_
 
     def make() -> tuple[Callable[[], Any], int]:

@@ -1,7 +1,7 @@
 """Head and cross-entropy together: the logits of all tokens never exist at once.
 
 Only rows whose target counts go through the head, a chunk at a time, and each chunk's logits are overwritten by their
-own gradient.  The gradient of the hidden states is finished in the forward; the backward only scales it.
+own gradient.  The gradient of the hidden states is finished in the forward; the backward only scales its rows.
 
 Legend: T tokens, D model, N labelled rows, V vocabulary.
 """
@@ -96,22 +96,27 @@ class LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         transform: LogitTransform,
     ) -> torch.Tensor:
-        """The loss, and the gradient of the labelled rows before division."""
+        """The loss, and the gradient of the labelled rows before all divisions."""
         needs_grad = ctx.needs_input_grad[0]
         with torch.autocast(hidden_TD.device.type, enabled=False):
             count = rows_N.numel()
             targets_N = targets_T[rows_N]
             hidden_ND = hidden_TD if count == hidden_TD.shape[0] else hidden_TD.index_select(0, rows_N)
             gradient_ND = torch.empty_like(hidden_ND) if needs_grad else None
+            row_divisor_N = torch.empty(count, dtype=torch.float32, device=hidden_TD.device)
             total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
             for start in range(0, count, chunk_tokens):
                 part = slice(start, start + chunk_tokens)
                 logits_NV = torch.mm(hidden_ND[part], head_VD.t())
                 # Scale 1: the division comes in the backward, where an fp16 loss scale is already in the gradient
                 # and small values do not underflow.
-                losses_N = ops.cross_entropy_(logits_NV, targets_N[part], 1.0 if needs_grad else None, transform)
-                total += losses_N.sum()
+                scale = 1.0 if needs_grad else None
+                loss_N, divisor_N = ops.cross_entropy_(logits_NV, targets_N[part], scale, transform)
+                total += loss_N.sum()
                 if gradient_ND is not None:
+                    assert divisor_N is not None
+                    # A product's rows are divided after it as well as before it: the backward does it on the way.
+                    row_divisor_N[part] = divisor_N
                     torch.mm(logits_NV, head_VD, out=gradient_ND[part])
                 del logits_NV
             # Without a label the sum is 0, and it stays 0 whatever the divisor: a count would be 0 as well.
@@ -120,18 +125,18 @@ class LinearCrossEntropy(torch.autograd.Function):
                 over = over.to(total.device)
         if needs_grad:
             ctx.shape, ctx.over = hidden_TD.shape, over
-            ctx.save_for_backward(gradient_ND, rows_N)
+            ctx.save_for_backward(gradient_ND, row_divisor_N, rows_N)
         return total / over
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """The hidden states' gradient: zero in rows without a target."""
-        gradient_ND, rows_N = ctx.saved_tensors
-        # With a dimension: a GPU would first round a tensor without one to the gradient's 16 bits, and so move every
-        # gradient of the step by up to 0.4 %, or make an fp16 loss scale of 2¹⁶ infinite.
-        factor_1 = (grad_outputs[0].float() / ctx.over).reshape(1)
-        scaled_ND = torch.mul(gradient_ND, factor_1, out=torch.empty_like(gradient_ND))
+        gradient_ND, row_divisor_N, rows_N = ctx.saved_tensors
+        # In fp32, whatever the gradient's dtype: in its 16 bits the factor would be rounded, and so move every gradient
+        # of the row by up to 0.4 %, or make an fp16 loss scale of 2¹⁶ infinite.
+        factor_N = grad_outputs[0].float() / ctx.over / row_divisor_N
+        scaled_ND = torch.mul(gradient_ND, factor_N.unsqueeze(1), out=torch.empty_like(gradient_ND))
         if rows_N.numel() == ctx.shape[0]:
             return scaled_ND, *[None] * 7
         gradient_TD = gradient_ND.new_zeros(ctx.shape).index_copy_(0, rows_N, scaled_ND)

@@ -109,7 +109,7 @@ def test_without_gradients_the_head_is_not_multiplied_twice(ops, device):
     hidden_TD, head_VD, targets_T = problem(device)
     scales = []
 
-    def spy(logits_NV: Tensor, targets_N: Tensor, scale: object, transform: object) -> Tensor:
+    def spy(logits_NV: Tensor, targets_N: Tensor, scale: object, transform: object) -> tuple[Tensor, Tensor | None]:
         scales.append(scale)
         return ops.cross_entropy_(logits_NV, targets_N, scale, transform)
 
@@ -127,7 +127,7 @@ def test_only_labelled_rows_and_one_chunk_at_a_time_have_logits(device):
     ops = load_backend("eager")
     shapes = []
 
-    def spy(logits_NV: Tensor, targets_N: Tensor, scale: object, transform: object) -> Tensor:
+    def spy(logits_NV: Tensor, targets_N: Tensor, scale: object, transform: object) -> tuple[Tensor, Tensor | None]:
         shapes.append(tuple(logits_NV.shape))
         return ops.cross_entropy_(logits_NV, targets_N, scale, transform)
 
@@ -167,6 +167,45 @@ def test_a_loss_scale_above_fp16s_largest_number_does_not_overflow(ops, device):
     _, grad_TD = fused(hidden_TD, head_VD, targets_T, ops, divisor=1, scale=2.0**17)
     assert 2.0**17 * exact_TD.abs().max() < 65504, "the gradient itself fits"
     assert grad_TD.isfinite().all()
+
+
+@pytest.mark.parametrize("chunk", [7, T])
+@pytest.mark.parametrize("labelled", [0.6, 1.0])
+def test_rows_are_divided_by_what_their_kernel_says(chunk, labelled, device):
+    arguments = problem(device, labelled)
+    ops = load_backend("eager")
+
+    def undivided(logits_NV: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        loss_N, _ = ops.cross_entropy_(logits_NV, *rest)
+        divisor_N = 10 ** torch.linspace(0, 20, len(loss_N), device=device)
+        logits_NV.mul_(divisor_N.unsqueeze(1))
+        return loss_N, divisor_N
+
+    expected, expected_TD = fused(*arguments, ops, chunk_tokens=chunk)
+    loss, grad_TD = fused(*arguments, ops._replace(cross_entropy_=undivided), chunk_tokens=chunk)
+    assert torch.equal(loss, expected)
+    torch.testing.assert_close(grad_TD, expected_TD, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_far_above_their_first_logits(dtype, ops, device, monkeypatch):
+    """The hidden states' gradient too is of a row times up to 10¹⁷, before it is divided."""
+    monkeypatch.setattr("fastft.kernels.cross_entropy.triton.BLOCK_V", 32)
+    hidden_TD, head_VD, targets_T = problem(device, 1.0)
+    hidden_TD, head_VD = hidden_TD.abs().to(dtype), head_VD / 8
+    head_VD[40] += 2.9
+    head_VD[66] += 4.0
+    head_VD = head_VD.to(dtype)
+    logits_TV = hidden_TD.float() @ head_VD.float().t()
+    rise_T = logits_TV[:, 32:].amax(1) - logits_TV[:, :32].amax(1)
+    assert (rise_T > 40).any()
+    assert (rise_T < 40).any()
+    _, exact_TD = written_out(hidden_TD.double(), head_VD.double(), targets_T, T)
+    _, grad_TD = fused(hidden_TD, head_VD, targets_T, ops)
+    # The logits' gradient, the product and its division are each rounded by half an eps at most, the first by a whole
+    # one where it is interpreted; and an fp32 logit of 60, an exponent, has an error of 4e-6.
+    error = (grad_TD.double() - exact_TD).norm() / exact_TD.norm()
+    assert error < 2 * torch.finfo(dtype).eps + 1e-5
 
 
 @settings(max_examples=40)

@@ -29,31 +29,34 @@ def cross_entropy_(
     targets_N: Tensor,
     scale: float | Tensor | None = None,
     transform: LogitTransform = LogitTransform(),  # noqa: B008
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """The loss of each row, and its gradient in the logits' place.
 
     Args:
-        logits_NV: fp32, bf16 or fp16; N may be 0.  Overwritten by their gradient,
-            `scale · (softmax − onehot) · transform'(logits)`, if there is a scale, else left as they are.
+        logits_NV: fp32, bf16 or fp16; N may be 0.  Overwritten by their gradient times the divisor,
+            `divisor · scale · (softmax − onehot) · transform'(logits)`, if there is a scale, else left as they are.
         targets_N: int64, each from 0 to V−1; rows without a target are not passed.
         scale: a number or a one-element tensor on the logits' device: what the loss's sum is multiplied by,
             1 ÷ the global count of labels.
         transform: what comes between the head and the softmax.
 
     Returns:
-        `loss_N = logsumexp(z) − z[target]` with `z = transform(logits)`, fp32, unscaled.
+        `loss_N = logsumexp(z) − z[target]` with `z = transform(logits)`, fp32, unscaled; and `divisor_N`, fp32, by
+        which the caller divides the rows, or what is linear in them: whatever suits the implementation, here 1.
+        None without a scale.
     """
     N, V = logits_NV.shape
     loss_N = torch.empty((N,), dtype=torch.float32, device=logits_NV.device)
+    divisor_N = None if scale is None else torch.ones_like(loss_N)
     if N == 0:
-        return loss_N
+        return loss_N, divisor_N
     scale_1 = None if scale is None else scale_tensor(scale, logits_NV.device)
     rows = max(1, _BLOCK_ELEMENTS.get(logits_NV.device.type, 2**26) // V)
     for logits_nV, targets_n, loss_n in zip(
         logits_NV.split(rows), targets_N.split(rows), loss_N.split(rows), strict=True
     ):
         _block(logits_nV, targets_n.unsqueeze(1), scale_1, loss_n, transform)
-    return loss_N
+    return loss_N, divisor_N
 
 
 def _block(
@@ -65,12 +68,14 @@ def _block(
     # The subtraction of two 16-bit numbers would be rounded; of one and an fp32 number it is not.
     work_nV = z_nV.sub_(maximum_n1) if in_place else torch.sub(z_nV, maximum_n1.to(torch.float32))
     target_n1 = work_nV.gather(1, targets_n1)
-    total_n1 = work_nV.exp_().sum(-1, keepdim=True)
+    # Of all but the target: that is what 1 − p is made of, and of a confident p it would be lost in rounding.
+    rest_n1 = work_nV.exp_().scatter_(1, targets_n1, 0.0).sum(-1, keepdim=True)
+    total_n1 = rest_n1 + target_n1.exp()
     torch.sub(total_n1.log(), target_n1, out=loss_n.unsqueeze(1))
     if scale_1 is None:
         return
-    work_nV.mul_(scale_1 / total_n1)
-    work_nV.scatter_add_(1, targets_n1, (-scale_1).expand(len(work_nV), 1))
+    factor_n1 = scale_1 / total_n1
+    work_nV.mul_(factor_n1).scatter_(1, targets_n1, -rest_n1 * factor_n1)
     if slope_nV is not None:
         work_nV.mul_(slope_nV)
     if work_nV is not logits_nV:

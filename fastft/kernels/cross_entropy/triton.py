@@ -1,10 +1,13 @@
-"""Cross-entropy in Triton: the logits are read twice and their gradient is written in their place once.
+"""Cross-entropy in Triton: the logits are read once, and their gradient is written in their place at once.
 
-Same name and signature as `reference.py`.  One program owns a row: an online softmax (Milakov and
-Gimelshein, arXiv:1805.02867) over blocks of the vocabulary, then the gradient.
+Same name and signature as `reference.py`.  One program owns a row and walks over blocks of the vocabulary.  A softmax
+needs its row's sum before its first element can be written; here the sum is left out of what is written, and returned
+as the row's divisor.  Exponentials are taken from a level: the maximum of the first block, not of the row.  Where a
+later block is so far above it that they might overflow, the level rises, and what was written of the row is scaled
+down to it.
 """
 
-# N labelled rows, V vocabulary
+# N labelled rows, V vocabulary, R running sums of a row
 
 import torch
 import triton
@@ -13,9 +16,24 @@ from torch import Tensor
 
 from fastft.kernels.cross_entropy import LogitTransform
 from fastft.kernels.cross_entropy.reference import scale_tensor
-from fastft.kernels.launch import device_guard, next_power_of_2, warps_for
+from fastft.kernels.launch import device_guard, next_power_of_2
 
-_MAX_BLOCK_V = 8192
+BLOCK_V = 4096
+"""The widest block: the part of a row whose maximum is known before its gradient is written."""
+WARPS = 8
+"""Of a program whose block is BLOCK_V wide; a narrower one has fewer in proportion.  16 elements a thread need 64
+registers, so a multiprocessor holds four programs: while one waits for its maximum, the others load and store."""
+
+STAGES = 3
+"""Of the pipeline that loads blocks ahead."""
+
+_MIN_BLOCK_V = 32  # one warp's threads
+_NEIGHBOURS = tl.constexpr(4)
+"""Lanes that share a running sum: one thread holds them, so it costs no exchange and saves registers."""
+_LOWEST = tl.constexpr(-3.4e38)  # finite, so that a first block of −∞ gives exp(−∞), not exp(−∞ + ∞)
+_LIMIT = tl.constexpr(40.0)
+"""How far above its level a row may go.  exp(40) · V is 10²³, far from 10³⁸, the largest bf16 or fp32 number, and a
+product with the head is no larger than that times a weight."""
 
 
 @triton.jit
@@ -45,10 +63,21 @@ def _slope(z, multiplier, softcap):
 
 
 @triton.jit
+def _multiply_(row_ptr, lane_offsets_V, block_stride, blocks, factor):
+    """The row's first `blocks` blocks, times a number."""
+    tl.debug_barrier()  # what other threads wrote is read
+    for _ in range(blocks):
+        tl.store(row_ptr + lane_offsets_V, tl.load(row_ptr + lane_offsets_V).to(tl.float32) * factor)
+        row_ptr += block_stride
+
+
+@triton.jit
 def _cross_entropy_kernel(
-    logits_ptr, targets_ptr, scale_ptr, loss_ptr, V, logits_stride_N, logits_stride_V, multiplier, softcap,
-    BLOCK_V: tl.constexpr,
+    logits_ptr, targets_ptr, scale_ptr, lse_ptr, loss_ptr, divisor_ptr, V, logits_stride_N, logits_stride_V,
+    multiplier, softcap, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """`lse_ptr`: log-sum-exp of the rows.  Without a scale it is written; with one it is the level to begin at, from
+    which no row rises."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_stride_N
     lanes_V = tl.arange(0, BLOCK_V)
@@ -56,39 +85,55 @@ def _cross_entropy_kernel(
     block_stride = tl.full((), BLOCK_V, tl.int64) * logits_stride_V
 
     target = tl.load(targets_ptr + row)
-    # A target outside the vocabulary gives a NaN loss, never a read outside the row.
+    # A target outside the vocabulary gives a NaN loss and divisor, never an access outside the row.
     target_exists = (target >= 0) & (target < V)
-    target_logit = tl.load(row_ptr + target * logits_stride_V, mask=target_exists, other=float("nan")).to(tl.float32)
+    target_ptr = row_ptr + target * logits_stride_V
+    target_logit = tl.load(target_ptr, mask=target_exists, other=float("nan")).to(tl.float32)
     target_z = _transformed(target_logit, True, multiplier, softcap)
+    target_column = target.to(tl.int32)
+    tl.debug_barrier()  # every thread has read it before one writes there
 
-    maximum = -3.4e38  # finite, so that a first block of −inf gives exp(−inf), not exp(−inf + inf)
-    total = 0.0
-    block_ptr = row_ptr
-    for start in range(0, V, BLOCK_V):
-        mask_V = start + lanes_V < V
-        logits_V = tl.load(block_ptr + lane_offsets_V, mask=mask_V, other=float("-inf")).to(tl.float32)
-        z_V = _transformed(logits_V, mask_V, multiplier, softcap)
-        new_maximum = tl.maximum(maximum, tl.max(z_V, axis=0))
-        total = total * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(z_V - new_maximum), axis=0)
-        maximum = new_maximum
-        block_ptr += block_stride
-    tl.store(loss_ptr + row, tl.log(total) - (target_z - maximum))
-
+    maximum = tl.full((), _LOWEST, tl.float32)
+    level = maximum
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
-        factor = scale / total
-        blocks = tl.cdiv(V, BLOCK_V)
-        # From the end back: the blocks read last are the likeliest to be in the L2 cache still.
-        for step in range(0, blocks):
-            block_ptr -= block_stride
-            columns_V = (blocks - 1 - step) * BLOCK_V + lanes_V
-            logits_V = tl.load(block_ptr + lane_offsets_V, mask=columns_V < V, other=float("-inf")).to(tl.float32)
-            z_V = _transformed(logits_V, columns_V < V, multiplier, softcap)
-            gradient_V = tl.exp(z_V - maximum) * factor
-            gradient_V = tl.where(columns_V == target, gradient_V - scale, gradient_V) * _slope(
-                z_V, multiplier, softcap
-            )
-            tl.store(block_ptr + lane_offsets_V, gradient_V, mask=columns_V < V)
+        if lse_ptr is not None:
+            level = tl.load(lse_ptr + row)
+    # Of all but the target: that is what 1 − p is made of, and of a confident p it would be lost in rounding.
+    # Summed over lanes only at the end.
+    rest_R = tl.zeros((BLOCK_V // _NEIGHBOURS,), tl.float32)
+    # Blocks are loaded ahead of the maximum that each waits for; none is written before it is read.
+    for start in tl.range(0, V, BLOCK_V, num_stages=STAGES):
+        block_ptr = row_ptr + (start // BLOCK_V) * block_stride
+        mask_V = lanes_V < V - start
+        logits_V = tl.load(block_ptr + lane_offsets_V, mask=mask_V, other=float("-inf")).to(tl.float32)
+        z_V = _transformed(logits_V, mask_V, multiplier, softcap)
+        block_maximum = tl.max(z_V, axis=0)
+        maximum = tl.maximum(maximum, block_maximum)
+        if block_maximum > level + _LIMIT:
+            factor = tl.exp(level - block_maximum)
+            rest_R *= factor
+            if scale_ptr is not None:
+                _multiply_(row_ptr, lane_offsets_V, block_stride, start // BLOCK_V, factor)
+            level = block_maximum
+        exp_V = tl.exp(z_V - level)
+        others_V = tl.where(lanes_V == target_column - start, 0.0, exp_V)
+        rest_R += tl.sum(tl.reshape(others_V, (BLOCK_V // _NEIGHBOURS, _NEIGHBOURS)), axis=1)
+        if scale_ptr is not None:
+            gradient_V = exp_V * (_slope(z_V, multiplier, softcap) * scale)
+            tl.store(block_ptr + lane_offsets_V, gradient_V, mask=mask_V)
+
+    rest = tl.sum(rest_R, axis=0)
+    total = rest + tl.exp(target_z - level)
+    # From the maximum, so that the logarithm, like what is taken from it, is small where the loss is.
+    log_total = tl.log(total * tl.exp(level - maximum))
+    tl.store(loss_ptr + row, log_total - (target_z - maximum))
+    if scale_ptr is not None:
+        tl.store(divisor_ptr + row, total)
+        tl.debug_barrier()  # another thread may have written the target's element with its block
+        tl.store(target_ptr, -rest * _slope(target_z, multiplier, softcap) * scale, mask=target_exists)
+    elif lse_ptr is not None:
+        tl.store(lse_ptr + row, maximum + log_total)
 
 
 def cross_entropy_(
@@ -96,16 +141,34 @@ def cross_entropy_(
     targets_N: Tensor,
     scale: float | Tensor | None = None,
     transform: LogitTransform = LogitTransform(),  # noqa: B008
-) -> Tensor:
-    """`loss_N`; see `reference.cross_entropy_`.  A target outside the vocabulary gives a NaN loss."""
+) -> tuple[Tensor, Tensor | None]:
+    """`(loss_N, divisor_N)`; see `reference.cross_entropy_`.
+
+    A target outside the vocabulary gives a NaN loss and divisor.
+    """
+    loss_N = torch.empty(logits_NV.shape[:1], dtype=torch.float32, device=logits_NV.device)
+    if scale is None:
+        _launch(logits_NV, targets_N, None, None, loss_N, None, transform)
+        return loss_N, None
+    divisor_N, lse_N = torch.empty_like(loss_N), None
+    if logits_NV.dtype == torch.float16:
+        # An undivided gradient may be over fp16's largest number, so here the rows' sums are taken first.
+        lse_N = torch.empty_like(loss_N)
+        _launch(logits_NV, targets_N, None, lse_N, loss_N, None, transform)
+    _launch(logits_NV, targets_N, scale_tensor(scale, logits_NV.device), lse_N, loss_N, divisor_N, transform)
+    return loss_N, divisor_N
+
+
+def _launch(
+    logits_NV: Tensor, targets_N: Tensor, scale_1: Tensor | None, lse_N: Tensor | None, loss_N: Tensor,
+    divisor_N: Tensor | None, transform: LogitTransform,
+) -> None:  # fmt: skip
     N, V = logits_NV.shape
-    loss_N = torch.empty((N,), dtype=torch.float32, device=logits_NV.device)
-    if N:
-        scale_1 = None if scale is None else scale_tensor(scale, logits_NV.device)
-        block = min(_MAX_BLOCK_V, next_power_of_2(V))
-        with device_guard(logits_NV):
-            _cross_entropy_kernel[(N,)](
-                logits_NV, targets_N.contiguous(), scale_1, loss_N, V, *logits_NV.stride(),
-                transform.multiplier, transform.softcap, BLOCK_V=block, num_warps=warps_for(block),
-            )  # fmt: skip
-    return loss_N
+    if N == 0:
+        return
+    block = min(BLOCK_V, max(_MIN_BLOCK_V, next_power_of_2(V)))
+    with device_guard(logits_NV):
+        _cross_entropy_kernel[(N,)](
+            logits_NV, targets_N.contiguous(), scale_1, lse_N, loss_N, divisor_N, V, *logits_NV.stride(),
+            *transform, BLOCK_V=block, STAGES=STAGES, num_warps=max(1, WARPS * block // BLOCK_V),
+        )  # fmt: skip
