@@ -17,6 +17,7 @@ from fastft.errors import BackendError, unknown_choice
 
 if TYPE_CHECKING:
     from fastft.kernels.adapted import Gradients
+    from fastft.kernels.lora_linear.reference import NarrowGradients
 
 BACKEND_NAMES = ("eager", "peft", "triton")
 
@@ -28,9 +29,10 @@ class Backend(NamedTuple):
     normalise: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     add_and_normalise: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     normalise_backward: Callable[..., torch.Tensor]
+    narrow_gradients: "NarrowGradients"
     activate: Callable[..., torch.Tensor]
     activate_backward: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]
-    cross_entropy_: Callable[..., torch.Tensor]
+    cross_entropy_: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     activate_adapted: Callable[..., torch.Tensor]
     activate_adapted_backward: Callable[..., "Gradients"]
     add_adapted: Callable[..., torch.Tensor]
@@ -43,9 +45,10 @@ def _eager() -> Backend:
     from fastft.kernels.activation import reference as activation
     from fastft.kernels.adapted import reference as adapted
     from fastft.kernels.cross_entropy import reference as cross_entropy
+    from fastft.kernels.lora_linear import reference as lora_linear
     from fastft.kernels.norm import reference as norm
 
-    return _collect("eager", norm, activation, cross_entropy, adapted, 0)
+    return _collect("eager", norm, lora_linear, activation, cross_entropy, adapted, 0)
 
 
 def _triton() -> Backend:
@@ -53,20 +56,24 @@ def _triton() -> Backend:
         from fastft.kernels.activation import triton as activation
         from fastft.kernels.adapted import triton as adapted
         from fastft.kernels.cross_entropy import triton as cross_entropy
+        from fastft.kernels.lora_linear import triton as lora_linear
         from fastft.kernels.norm import triton as norm
     except ImportError as error:
         raise BackendError(
             "backend triton needs the triton package", got=str(error), fix="pip install 'triton>=3.6' on Linux"
         ) from error
-    return _collect("triton", norm, activation, cross_entropy, adapted, adapted.MAX_RANK)
+    return _collect("triton", norm, lora_linear, activation, cross_entropy, adapted, adapted.MAX_RANK)
 
 
-def _collect(name: str, norm: Any, activation: Any, cross_entropy: Any, adapted: Any, max_rank: int) -> Backend:
+def _collect(
+    name: str, norm: Any, lora_linear: Any, activation: Any, cross_entropy: Any, adapted: Any, max_rank: int
+) -> Backend:
     return Backend(
         name,
         norm.normalise,
         norm.add_and_normalise,
         norm.normalise_backward,
+        lora_linear.narrow_gradients,
         activation.activate,
         activation.activate_backward,
         cross_entropy.cross_entropy_,

@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from fastft.adapters.lora import PACKED, AdaptedLinear, read_linear, stand_in, why_not_alone
+from fastft.backends import Backend
 from fastft.engine.state import ModuleState, compute_dtype, original_forward, state_of
 from fastft.engine.watch import Watch
 from fastft.kernels.lora_linear.reference import lora_linear, lora_linear_backward
@@ -31,20 +32,21 @@ class LoraLinear(torch.autograd.Function):
         linear: AdaptedLinear,
         dtypes: tuple[torch.dtype, torch.dtype],
         seed: int,
+        ops: Backend,
         *trained: torch.Tensor | None,
     ) -> torch.Tensor:
         """The output (… × O) for `x` (… × I).
 
-        `dtypes` are the one to compute in and the output's.  `trained` are A, B, the base layer's bias and B's, which
-        come with `linear` as well; as arguments they are what autograd sees.
+        `dtypes` are the one to compute in and the output's; `ops` has what makes narrow gradients.  `trained` are A, B,
+        the base layer's bias and B's, which come with `linear` as well; as arguments they are what autograd sees.
         """
         compute, output = dtypes
         with _no_autocast(x.device.type):
             x_TI = x.reshape(-1, x.shape[-1]).to(compute)
             (y_TO,), low_TR = lora_linear(x_TI, (_with_one_bias(linear),), seed=seed)
-        _, _, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        _, _, _, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         if any(ctx.needs_input_grad):
-            ctx.linear, ctx.seed, ctx.compute = linear, seed, compute
+            ctx.linear, ctx.seed, ctx.compute, ctx.ops = linear, seed, compute, ops
             ctx.shape, ctx.dtype = x.shape, x.dtype
             kept = (x_TI, low_TR) if needs_a or needs_b else (None, None)
             # A and B only so that autograd notices when they are changed between forward and backward.
@@ -58,11 +60,13 @@ class LoraLinear(torch.autograd.Function):
         """Gradients of what the forward was given and wants one."""
         x_TI, low_TR, _, _ = ctx.saved_tensors
         linear: AdaptedLinear = ctx.linear
-        needs_x, _, _, _, *needs = ctx.needs_input_grad
+        needs_x, _, _, _, _, *needs = ctx.needs_input_grad
         dy = grad_outputs[0]
         dy_TO = dy.reshape(-1, dy.shape[-1]).to(ctx.compute)
         with _no_autocast(dy.device.type):
-            made = lora_linear_backward((dy_TO,), x_TI, low_TR, (linear,), seed=ctx.seed, needs_dx=needs_x)
+            made = lora_linear_backward(
+                (dy_TO,), x_TI, low_TR, (linear,), seed=ctx.seed, needs_dx=needs_x, narrow=ctx.ops.narrow_gradients
+            )
             biases: list[torch.Tensor | None] = [None, None]
             if any(needs[2:]):
                 sum_O = dy_TO.sum(0, dtype=torch.float32)
@@ -71,7 +75,7 @@ class LoraLinear(torch.autograd.Function):
         gradients = (made.da[0], made.db[0], *biases)
         return (
             made.dx_TI.view(ctx.shape).to(ctx.dtype) if made.dx_TI is not None else None,
-            None, None, None,
+            None, None, None, None,
             *(gradient if want else None for gradient, want in zip(gradients, needs, strict=True)),
         )  # fmt: skip
 
@@ -114,7 +118,7 @@ def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) 
     if self.training or gradients:
         reason, linear = state.reading.of(self)
         reason = reason or _why_not_now(linear, x, args, kwargs)
-    ledger = state.settings.ledger
+    ledger, ops = state.settings.ledger, state.settings.ops
     if reason is not None and gradients:
         ledger.stock(state.name, "linear", reason)
     if reason is not None or linear is None or linear.a is None:
@@ -122,11 +126,11 @@ def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) 
         stock: torch.Tensor = original_forward(self)(x, *args, **kwargs)
         return stock
     if gradients:
-        ledger.fused(state.name, "linear", state.settings.ops.name)
+        ledger.fused(state.name, "linear", ops.name)
     # Drawn from the CPU's generator, which gradient checkpointing puts back before it runs the forward again.
     seed = int(torch.randint(2**62, ()).item()) if linear.dropout > 0 else 0
     fused: torch.Tensor = LoraLinear.apply(
-        x, linear, _dtypes(linear, x), seed, linear.a, linear.b, linear.bias, linear.b_bias
+        x, linear, _dtypes(linear, x), seed, ops, linear.a, linear.b, linear.bias, linear.b_bias
     )
     return fused
 
@@ -156,7 +160,8 @@ def _dtypes(linear: AdaptedLinear, x: torch.Tensor) -> tuple[torch.dtype, torch.
     # bitsandbytes casts its input, and its output back.
     if torch.is_autocast_enabled(x.device.type):
         return compute, torch.promote_types(x.dtype, compute)
-    of_base = linear.module.compute_dtype
+    # An 8-bit layer has none of its own.
+    of_base = getattr(linear.module, "compute_dtype", None)
     return of_base if isinstance(of_base, torch.dtype) else compute, x.dtype
 
 

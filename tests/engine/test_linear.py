@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from fastft import ledger_of, patch_model
+from fastft import backends, ledger_of, patch_model
+from fastft.backends import load_backend
 from fastft.models.quantized import is_quantized
 
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5
@@ -30,7 +31,9 @@ class Net(nn.Module):
 def pair(device: torch.device) -> Callable[..., tuple[Any, Any]]:
     """A module in stock PEFT, and the same patched; both in training mode, with B ≠ 0."""
 
-    def make(linear: nn.Module | None = None, dtype: torch.dtype = torch.float32, **lora: Any) -> tuple[Any, Any]:
+    def make(
+        linear: nn.Module | None = None, dtype: torch.dtype = torch.float32, *, backend: str = "eager", **lora: Any
+    ) -> tuple[Any, Any]:
         torch.manual_seed(1)
         base = (linear or nn.Linear(63, 40)).to(dtype)
         config = peft.LoraConfig(**{"r": 5, "lora_alpha": 9, "target_modules": ["linear"], **lora})
@@ -40,7 +43,7 @@ def pair(device: torch.device) -> Callable[..., tuple[Any, Any]]:
                 if "lora_" in name:
                     parameter.copy_(0.2 * torch.randn(parameter.shape))
         model = copy.deepcopy(stock)
-        patch_model(model, backend="eager", strict=True)
+        patch_model(model, backend=backend, strict=True)
         return stock, model
 
     return make
@@ -80,6 +83,30 @@ def test_equals_peft(lora, shape, grad_x, pair, device):
     assert len(expected[1]) == 2 + grad_x + ("bias" in lora) + ("lora_bias" in lora)
     close(run(model, x, grad_x=grad_x), expected, TOLERANCE)
     assert ledger_of(model).counts() == {"linear: fused (eager)": 1}
+
+
+@pytest.mark.parametrize("grad_x", [True, False])
+@pytest.mark.parametrize("shape", [(63,), (2, 3, 63), (0, 63)], ids=str)
+def test_triton_equals_peft(shape, grad_x, pair, device):
+    stock, model = pair(backend="triton", lora_bias=True)
+    x = torch.randn(shape, device=device)
+    close(run(model, x, grad_x=grad_x), run(stock, x, grad_x=grad_x), TOLERANCE)
+    assert ledger_of(model).counts() == {"linear: fused (triton)": 1}
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_the_backend_makes_the_narrow_gradients(backend, pair, device, monkeypatch):
+    calls = []
+    operations = load_backend(backend)
+
+    def spy(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return operations.narrow_gradients(*arguments)
+
+    monkeypatch.setitem(backends._loaded, backend, operations._replace(narrow_gradients=spy))
+    _, model = pair(backend=backend)
+    run(model, torch.randn(7, 63, device=device))
+    assert len(calls) == 1
 
 
 def test_lora_bias_without_a_bias_of_the_base_layer(pair, device):

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from fastft.kernels.activation import reference
 from fastft.kernels.adapted import triton
+from fastft.kernels.launch import Launch
 from fastft.kernels.lora_linear import AdapterTerm
 from fastft.kernels.rope import reference as rope
 
@@ -98,7 +99,7 @@ def test_activations(kind, device, kernels):
 def test_rows_are_shared_among_programs(device, monkeypatch):
     """Many shares of few rows: each sum comes from several programs."""
     problem = Problem(777, 70, (16, 16, 16), gated=True, dtype=torch.float32, device=device)
-    launch = triton._Launch(16, 16, 4, programs=1000)
+    launch = Launch(16, 16, 4, programs=1000)
     assert launch.grid(777, 70)[0][1] > 4
     monkeypatch.setattr(triton, "_BACKWARD", launch)
     _, gradients = problem.plain("silu", torch.float64)

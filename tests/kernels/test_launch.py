@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastft.errors import BackendError
-from fastft.kernels.launch import MAX_ROW_ELEMENTS, device_guard, next_power_of_2, row_block, unit_stride, warps_for
+from fastft.kernels.launch import (
+    MAX_ROW_ELEMENTS,
+    Launch,
+    device_guard,
+    next_power_of_2,
+    row_block,
+    unit_stride,
+    warps_for,
+)
 
 
 @given(st.integers(1, 2**20))
@@ -35,6 +43,16 @@ def test_only_a_strided_last_dimension_is_copied():
     assert unit_stride(x[:, 2:4]).data_ptr() == x[:, 2:4].data_ptr()
     assert unit_stride(x.t()).stride() == (4, 1)
     assert torch.equal(unit_stride(x.t()), x.t())
+
+
+@given(st.integers(1, 70000), st.integers(1, 20000), st.sampled_from([1, 264, 4096]))
+def test_programs_share_all_columns_and_rows(T, F, programs):
+    launch = Launch(64, 256, 4, programs)
+    (across, down), rows_each = launch.grid(T, F)
+    assert (across - 1) * 256 < F <= across * 256
+    assert (down - 1) * rows_each < T <= down * rows_each
+    assert rows_each % 64 == 0
+    assert down == 1 or across * down <= programs
 
 
 def test_no_guard_off_the_gpu():

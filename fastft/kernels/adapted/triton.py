@@ -7,7 +7,6 @@ tokens that the adapters' gradients are need no other program's help but that of
 # T tokens, F columns, R rank; BLOCK_* the tile of a program; low_TR·matrix_RF is a term
 # H heads, d head size, h half of it, S rows of the tables
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -19,37 +18,21 @@ from fastft.kernels.activation import ActivationKind
 from fastft.kernels.activation.triton import activation_and_slope, gradient_places
 from fastft.kernels.adapted import Gradients
 from fastft.kernels.adapted.reference import plus_term
-from fastft.kernels.launch import device_guard, next_power_of_2, optional_unit_stride, unit_stride
+from fastft.kernels.launch import (
+    Launch,
+    device_guard,
+    next_power_of_2,
+    optional_unit_stride,
+    rank_block,
+    unit_stride,
+)
 from fastft.kernels.lora_linear import AdapterTerm
+from fastft.kernels.lora_linear.triton import dot, narrow_rows, store_sum
 from fastft.kernels.rope import rotary_width
 from fastft.kernels.rope.triton import rope_
 
 MAX_RANK = 64
 """Of one adapter: beyond it the sums of three no longer fit a program's registers."""
-_MIN_DOT = 16
-"""The smallest side of a matrix product in Triton."""
-_MIN_ROWS = 128
-"""Of one program, so that the matrices that it keeps are worth loading."""
-
-
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def _dot(x, y):
-    """x·y with sums in fp32."""
-    if _INTERPRETED:
-        # The interpreter multiplies bf16 as if its bits were integers.
-        x, y = x.to(tl.float32), y.to(tl.float32)
-    return tl.dot(x, y, input_precision="ieee")
-
-
-@triton.jit
-def _low(low_ptr, rows_T, T, low_stride, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
-    """A block of rows of a term's narrow factor; zeros beyond its rows and its rank."""
-    ranks_R = tl.arange(0, BLOCK_R)
-    mask_TR = (rows_T < T)[:, None] & (ranks_R < RANK)[None, :]
-    return tl.load(low_ptr + rows_T[:, None] * low_stride + ranks_R[None, :], mask=mask_TR, other=0.0)
 
 
 @triton.jit
@@ -90,26 +73,17 @@ def _activate_kernel(
         gate_TF = tl.load(gate_ptr + rows_T[:, None] * gate_stride + columns_F[None, :], mask=mask_TF, other=0.0)
         gate_TF = gate_TF.to(tl.float32)
         if low_gate_ptr is not None:
-            low_TR = _low(low_gate_ptr, rows_T, last, low_gate_stride, RANK_GATE, BLOCK_R)
-            gate_TF += gate_scaling * _dot(low_TR, b_gate_RF)
+            low_TR = narrow_rows(low_gate_ptr, rows_T, last, low_gate_stride, RANK_GATE, BLOCK_R)
+            gate_TF += gate_scaling * dot(low_TR, b_gate_RF)
         act_TF, _ = activation_and_slope(gate_TF, KIND)
         if up_ptr is not None:
             up_TF = tl.load(up_ptr + rows_T[:, None] * up_stride + columns_F[None, :], mask=mask_TF, other=0.0)
             up_TF = up_TF.to(tl.float32)
             if low_up_ptr is not None:
-                low_TR = _low(low_up_ptr, rows_T, last, low_up_stride, RANK_UP, BLOCK_R)
-                up_TF += up_scaling * _dot(low_TR, b_up_RF)
+                low_TR = narrow_rows(low_up_ptr, rows_T, last, low_up_stride, RANK_UP, BLOCK_R)
+                up_TF += up_scaling * dot(low_TR, b_up_RF)
             act_TF = act_TF.to(act_ptr.dtype.element_ty).to(tl.float32) * up_TF
         tl.store(act_ptr + rows_T[:, None] * F + columns_F[None, :], act_TF, mask=mask_TF)
-
-
-@triton.jit
-def _store_sum(
-    sums_ptr, sum_FR, columns_F, F, column_stride, rank_stride, RANK: tl.constexpr, BLOCK_R: tl.constexpr
-):  # fmt: skip
-    ranks_R = tl.arange(0, BLOCK_R)
-    at_FR = sums_ptr + columns_F[:, None] * column_stride + ranks_R[None, :] * rank_stride
-    tl.store(at_FR, sum_FR, mask=(columns_F < F)[:, None] & (ranks_R < RANK)[None, :])
 
 
 @triton.jit
@@ -140,12 +114,12 @@ def _activate_backward_kernel(
         gate_TF = tl.load(gate_ptr + rows_T[:, None] * gate_stride + columns_F[None, :], mask=mask_TF, other=0.0)
         dact_TF, gate_TF = dact_TF.to(tl.float32), gate_TF.to(tl.float32)
         if dlow_ptr is not None:
-            dlow_TR = _low(dlow_ptr, rows_T, last, dlow_stride, RANK_DOWN, BLOCK_R)
+            dlow_TR = narrow_rows(dlow_ptr, rows_T, last, dlow_stride, RANK_DOWN, BLOCK_R)
             # The factor is 1.  Without it the compiler makes dact the product's own sum, and its load then waits.
-            dact_TF += dact_scaling * _dot(dlow_TR, a_down_RF)
+            dact_TF += dact_scaling * dot(dlow_TR, a_down_RF)
         if low_gate_ptr is not None:
-            low_gate_TR = _low(low_gate_ptr, rows_T, last, low_gate_stride, RANK_GATE, BLOCK_R)
-            gate_TF += gate_scaling * _dot(low_gate_TR, b_gate_RF)
+            low_gate_TR = narrow_rows(low_gate_ptr, rows_T, last, low_gate_stride, RANK_GATE, BLOCK_R)
+            gate_TF += gate_scaling * dot(low_gate_TR, b_gate_RF)
         act_TF, slope_TF = activation_and_slope(gate_TF, KIND)
         dgate_TF = dact_TF * slope_TF
         if up_ptr is not None:
@@ -155,24 +129,24 @@ def _activate_backward_kernel(
             dup_TF = (dact_TF * act_TF).to(dtype)
             tl.store(dup_ptr + rows_T[:, None] * dup_stride + columns_F[None, :], dup_TF, mask=mask_TF)
             if low_up_ptr is not None:
-                low_up_TR = _low(low_up_ptr, rows_T, last, low_up_stride, RANK_UP, BLOCK_R)
-                up_TF += up_scaling * _dot(low_up_TR, b_up_RF)
-                db_up_FR += _dot(tl.trans(dup_TF), low_up_TR)
+                low_up_TR = narrow_rows(low_up_ptr, rows_T, last, low_up_stride, RANK_UP, BLOCK_R)
+                up_TF += up_scaling * dot(low_up_TR, b_up_RF)
+                db_up_FR += dot(tl.trans(dup_TF), low_up_TR)
             dgate_TF *= up_TF
             act_TF *= up_TF
         dgate_TF = dgate_TF.to(dtype)
         tl.store(dgate_ptr + rows_T[:, None] * dgate_stride + columns_F[None, :], dgate_TF, mask=mask_TF)
         if low_gate_ptr is not None:
-            db_gate_FR += _dot(tl.trans(dgate_TF), low_gate_TR)
+            db_gate_FR += dot(tl.trans(dgate_TF), low_gate_TR)
         if dlow_ptr is not None:
-            da_down_FR += _dot(tl.trans(act_TF.to(dtype)), dlow_TR)
+            da_down_FR += dot(tl.trans(act_TF.to(dtype)), dlow_TR)
     sums_ptr += tl.program_id(1).to(tl.int64) * sums_stride
     if low_gate_ptr is not None:
-        _store_sum(sums_ptr, gate_scaling * db_gate_FR, columns_F, F, RANK_GATE, 1, RANK_GATE, BLOCK_R)
+        store_sum(sums_ptr, gate_scaling * db_gate_FR, columns_F, F, RANK_GATE, 1, RANK_GATE, BLOCK_R)
     if low_up_ptr is not None:
-        _store_sum(sums_ptr + F * RANK_GATE, up_scaling * db_up_FR, columns_F, F, RANK_UP, 1, RANK_UP, BLOCK_R)
+        store_sum(sums_ptr + F * RANK_GATE, up_scaling * db_up_FR, columns_F, F, RANK_UP, 1, RANK_UP, BLOCK_R)
     if dlow_ptr is not None:
-        _store_sum(sums_ptr + F * (RANK_GATE + RANK_UP), da_down_FR, columns_F, F, 1, F, RANK_DOWN, BLOCK_R)
+        store_sum(sums_ptr + F * (RANK_GATE + RANK_UP), da_down_FR, columns_F, F, 1, F, RANK_DOWN, BLOCK_R)
 
 
 @triton.jit
@@ -189,8 +163,8 @@ def _add_kernel(
         x_TF = tl.load(x_ptr + rows_T[:, None] * x_stride + columns_F[None, :], mask=mask_TF, other=0.0)
         residual_at_TF = residual_ptr + rows_T[:, None] * residual_stride + columns_F[None, :]
         residual_TF = tl.load(residual_at_TF, mask=mask_TF, other=0.0).to(tl.float32)
-        low_TR = _low(low_ptr, rows_T, last, low_stride, RANK, BLOCK_R)
-        term_TF = scaling * _dot(low_TR, matrix_RF)
+        low_TR = narrow_rows(low_ptr, rows_T, last, low_stride, RANK, BLOCK_R)
+        term_TF = scaling * dot(low_TR, matrix_RF)
         out_TF = residual_TF + multiplier * (x_TF.to(tl.float32) + term_TF)
         tl.store(out_ptr + rows_T[:, None] * F + columns_F[None, :], out_TF, mask=mask_TF)
 
@@ -234,40 +208,17 @@ def _rotate_kernel(
         if INVERSE:
             sin_Th = -sin_Th
         if RANK > 0:
-            low_TR = _low(low_ptr, rows_T, last, low_stride, RANK, BLOCK_R)
-            first_Th += scaling * _dot(low_TR, b_first_Rh)
-            second_Th += scaling * _dot(low_TR, b_second_Rh)
+            low_TR = narrow_rows(low_ptr, rows_T, last, low_stride, RANK, BLOCK_R)
+            first_Th += scaling * dot(low_TR, b_first_Rh)
+            second_Th += scaling * dot(low_TR, b_second_Rh)
         tl.store(at_Th, first_Th * cos_Th - second_Th * sin_Th, mask=mask_Th)
         tl.store(at_Th + HALF, second_Th * cos_Th + first_Th * sin_Th, mask=mask_Th)
 
 
-class _Launch(NamedTuple):
-    """How a kernel is laid out."""
-
-    block_t: int
-    block_f: int
-    """Columns of a program; a head's where it rotates."""
-    warps: int
-    programs: int
-    """How many share the work, about: several for each multiprocessor of a large GPU."""
-    stages: int = 3
-    """Of the pipeline that loads rows ahead; the loop's own, as a kernel's is only for what feeds matrix products."""
-
-    def grid(self, T: int, F: int) -> tuple[tuple[int, int], int]:
-        """Blocks of columns and shares of the rows; the rows of a share."""
-        return self.shared(T, triton.cdiv(F, self.block_f))
-
-    def shared(self, T: int, across: int) -> tuple[tuple[int, int], int]:
-        """The same for so many blocks of columns."""
-        down = max(1, min(self.programs // max(1, across), T // _MIN_ROWS))
-        rows_each = max(1, triton.cdiv(triton.cdiv(T, down), self.block_t)) * self.block_t
-        return (across, max(1, triton.cdiv(T, rows_each))), rows_each
-
-
-_ACTIVATE = _Launch(16, 64, 4, 2112)
-_BACKWARD = _Launch(16, 64, 4, 1056, 4)
-_ADD = _Launch(64, 128, 4, 4096)
-_ROTATE = _Launch(32, 128, 4, 4096)
+_ACTIVATE = Launch(16, 64, 4, 2112)
+_BACKWARD = Launch(16, 64, 4, 1056, 4)
+_ADD = Launch(64, 128, 4, 4096)
+_ROTATE = Launch(32, 128, 4, 4096)
 
 
 def activate(
@@ -289,7 +240,7 @@ def activate(
                 gate_TF, up_TF, act_TF, *gate.pointers, *up.pointers,
                 T, F, rows_each, gate_TF.stride(0), 0 if up_TF is None else up_TF.stride(0),
                 *gate.strides, *up.strides, gate.scaling, up.scaling,
-                KIND=kind, RANK_GATE=gate.rank, RANK_UP=up.rank, BLOCK_R=_block_r(gate, up),
+                KIND=kind, RANK_GATE=gate.rank, RANK_UP=up.rank, BLOCK_R=rank_block(gate.rank, up.rank),
                 BLOCK_T=_ACTIVATE.block_t, BLOCK_F=_ACTIVATE.block_f, num_warps=_ACTIVATE.warps,
                 STAGES=_ACTIVATE.stages,
             )  # fmt: skip
@@ -324,7 +275,8 @@ def activate_backward(
                 *inputs, dgate_TF, dup_TF, sums_SN, *gate.pointers, *up.pointers, *down.pointers,
                 T, F, rows_each, *strides, sums_SN.stride(0), *gate.strides, *up.strides, *down.strides,
                 gate.scaling, up.scaling, down.scaling,
-                KIND=kind, RANK_GATE=gate.rank, RANK_UP=up.rank, RANK_DOWN=down.rank, BLOCK_R=_block_r(gate, up, down),
+                KIND=kind, RANK_GATE=gate.rank, RANK_UP=up.rank, RANK_DOWN=down.rank,
+                BLOCK_R=rank_block(gate.rank, up.rank, down.rank),
                 BLOCK_T=_BACKWARD.block_t, BLOCK_F=_BACKWARD.block_f, num_warps=_BACKWARD.warps,
                 STAGES=_BACKWARD.stages,
             )  # fmt: skip
@@ -352,7 +304,7 @@ def add(x_TF: Tensor, residual_TF: Tensor, term: AdapterTerm, multiplier: float 
             _add_kernel[grid](
                 x_TF, residual_TF, x_TF, *arguments.pointers,
                 T, F, rows_each, x_TF.stride(0), residual_TF.stride(0), *arguments.strides, term.scaling, multiplier,
-                RANK=arguments.rank, BLOCK_R=_block_r(arguments),
+                RANK=arguments.rank, BLOCK_R=rank_block(arguments.rank),
                 BLOCK_T=_ADD.block_t, BLOCK_F=_ADD.block_f, num_warps=_ADD.warps,
                 STAGES=_ADD.stages,
             )  # fmt: skip
@@ -393,7 +345,7 @@ def rotate_(
                 q_THd, k_THd, cos_Sr, sin_Sr, *q.pointers, *k.pointers,
                 T, len(cos_Sr), H, rows_each, q_THd.stride(0), k_THd.stride(0), cos_Sr.stride(0), sin_Sr.stride(0),
                 *q.strides, *k.strides, q.scaling, k.scaling,
-                INVERSE=inverse, HALF=half, RANK=rank, BLOCK_R=_block_r(q),
+                INVERSE=inverse, HALF=half, RANK=rank, BLOCK_R=rank_block(q.rank),
                 BLOCK_T=_ROTATE.block_t, num_warps=_ROTATE.warps, STAGES=_ROTATE.stages,
             )  # fmt: skip
 
@@ -413,7 +365,3 @@ def _arguments(term: AdapterTerm | None) -> _Arguments:
     low_TR, matrix_RO = unit_stride(term.low_TR), term.matrix_RO
     strides = low_TR.stride(0), matrix_RO.stride(0), matrix_RO.stride(1)
     return _Arguments((low_TR, matrix_RO), strides, matrix_RO.shape[0], term.scaling)
-
-
-def _block_r(*terms: _Arguments) -> int:
-    return max(_MIN_DOT, *(next_power_of_2(term.rank) for term in terms))

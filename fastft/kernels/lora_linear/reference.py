@@ -7,7 +7,7 @@ round, or the term is left to whoever reads the output next (`kernels.adapted`).
 Legend: T tokens, I in, O out, R rank, G layers of the group.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -59,6 +59,13 @@ class GroupGradients(NamedTuple):
     db: list[torch.Tensor | None]
 
 
+NarrowGradients = Callable[
+    [Sequence[torch.Tensor], torch.Tensor | None, Sequence[Linear]],
+    tuple[torch.Tensor | None, list[torch.Tensor | None]],
+]
+"""`narrow_gradients` of a backend."""
+
+
 def lora_linear(
     x_TI: torch.Tensor,
     group: Sequence[Linear],
@@ -107,6 +114,19 @@ def _output(x_TI: torch.Tensor, layer: Linear, term: AdapterTerm | None) -> torc
     return y_TO.addmm_(x_TI, weight_IO)
 
 
+def narrow_gradients(
+    dy: Sequence[torch.Tensor], low_TR: torch.Tensor | None, group: Sequence[Linear]
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """`low_rank_gradient` and `b_gradients`, all that reads dy but for the wide product.
+
+    Args:
+        dy: the gradients of the outputs (each T × O); T may be 0.
+        low_TR: x·Aᵀ of all adapters side by side, in dy's dtype; None where nobody asks for dB.
+        group: the layers.
+    """
+    return low_rank_gradient(dy, group), b_gradients(dy, low_TR, group)
+
+
 def lora_linear_backward(
     dy: Sequence[torch.Tensor],
     x_TI: "torch.Tensor | ScaledInput | None",
@@ -115,14 +135,24 @@ def lora_linear_backward(
     *,
     seed: int = 0,
     needs_dx: bool = True,
+    narrow: NarrowGradients = narrow_gradients,
 ) -> GroupGradients:
     """Gradients of the group from its outputs' gradients `dy` (each T × O).
 
     dA = Σ_t dlowᵀ·dropout(x), dB = scaling · dyᵀ·low, dx = Σ_g dy·W + dlow·A, with dlow = scaling · dy·B.  The
     frozen W has no gradient.
+
+    Args:
+        dy: the gradients of the outputs.
+        x_TI: the group's input; None where nobody asks for dA.
+        low_TR: x·Aᵀ of all adapters side by side; None where nobody asks for dB.
+        group: the layers.
+        seed: that of the forward.
+        needs_dx: whether the input's gradient is asked for.
+        narrow: the backend's `narrow_gradients`.
     """
-    dlow_TR = low_rank_gradient(dy, group)
-    da, db = a_gradients(dlow_TR, x_TI, group, seed=seed), b_gradients(dy, low_TR, group)
+    dlow_TR, db = narrow(dy, low_TR, group)
+    da = a_gradients(dlow_TR, x_TI, group, seed=seed)
     dx_TI = input_gradient(dy, dlow_TR, group, seed=seed) if needs_dx else None
     return GroupGradients(dx_TI, da, db)
 
