@@ -4,6 +4,7 @@ Nothing is downloaded unless `offline=False`, and no code from a model's reposit
 `trust_remote_code=True`.
 """
 
+import copy
 import logging
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,12 +15,16 @@ import torch
 
 from fastft.errors import ConfigError, ModelError, unknown_choice
 from fastft.hardware import Device, resolve_dtype
+from fastft.models.quantized import is_quantized
+from fastft.models.random_weights import random_model, random_quantized_model
 from fastft.models.shapes import SHAPES, SUPPORTED_FAMILIES, ModelShape, shape_of
 from fastft.models.spec import SPECS
 
 log = logging.getLogger("fastft")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+QUANTIZATIONS = ("nf4", "fp4", "int8")
+"""bitsandbytes'."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,16 @@ class ResolvedModel:
     """None for a family without a layer specification: backend peft trains it, nothing else does."""
     config: Any
     """The Hugging Face configuration."""
+
+    @property
+    def quantization(self) -> str:
+        """What the stored weights are quantized to: nf4, fp4, int8, the name of another method, or none."""
+        stored = getattr(self.config, "quantization_config", None)
+        if stored is None:
+            return "none"
+        if stored.get("load_in_4bit"):
+            return str(stored.get("bnb_4bit_quant_type", "fp4"))
+        return "int8" if stored.get("load_in_8bit") else str(stored.get("quant_method", "unknown"))
 
 
 def resolve_model(name: str, *, offline: bool = True, trust_remote_code: bool = False) -> ResolvedModel:
@@ -96,33 +111,42 @@ def load_model(
 ) -> Any:
     """The base model on `device` with weights in `dtype` and SDPA attention; a shape gets random weights from `seed`.
 
-    `more` goes to Hugging Face's `from_pretrained`, or to its `from_config` for a shape.
+    Weights are quantized one by one, so the model is never dense on the device.  Those that are stored quantized stay
+    as they are, with `quantization` none too.  `more` goes to Hugging Face's `from_pretrained`, or to its `from_config`
+    for a shape.
 
     Raises:
-        ModelError: the weights cannot be read.
-        ConfigError: a shape together with quantization on a CPU, or an unknown quantization.
+        ModelError: the weights cannot be read, or bitsandbytes quantizes none of the model's layers.
+        ConfigError: an unknown quantization, or another than that of the stored weights.
     """
     import transformers
     from safetensors import SafetensorError
 
     if resolved.kind == "shape":
-        return _random_model(resolved, dtype, device, quantization, seed, more)
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "device_map": {"": device},
-        "attn_implementation": _attention_of(resolved.config),
-        "local_files_only": offline or resolved.kind == "folder",
-        "trust_remote_code": trust_remote_code,
-        **more,
-    }
-    if quantization != "none":
-        options["quantization_config"] = quantization_config(quantization, dtype)
-    try:
-        return transformers.AutoModelForCausalLM.from_pretrained(resolved.source, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+        model = _random_model(resolved, dtype, device, quantization, seed, more)
+    else:
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "device_map": {"": device},
+            "attn_implementation": _attention_of(resolved.config),
+            "local_files_only": offline or resolved.kind == "folder",
+            "trust_remote_code": trust_remote_code,
+            **_quantization_options(resolved, quantization, dtype),
+            **more,
+        }
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(resolved.source, **options)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelError(
+                f"cannot load model {resolved.name}", got=_first_line(error), fix="check that its weights are complete"
+            ) from error
+    if resolved.quantization in QUANTIZATIONS:
+        _cast_what_is_dense(model, dtype)
+    if quantization != "none" and not any(map(is_quantized, model.modules())):
         raise ModelError(
-            f"cannot load model {resolved.name}", got=_first_line(error), fix="check that its weights are complete"
-        ) from error
+            f"bitsandbytes quantizes no layer of {resolved.name}", got=quantization, fix="leave quantization out"
+        )
+    return model
 
 
 def _attention_of(config: Any) -> str:
@@ -141,8 +165,8 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
 
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    if quantization not in ("nf4", "fp4"):
-        raise unknown_choice("quantization", quantization, ["none", "nf4", "fp4", "int8"])
+    if quantization not in QUANTIZATIONS:
+        raise unknown_choice("quantization", quantization, ["none", *QUANTIZATIONS])
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,
@@ -154,17 +178,37 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
 def _random_model(
     resolved: ResolvedModel, dtype: torch.dtype, device: str, quantization: str, seed: int, more: dict[str, Any]
 ) -> Any:
-    import transformers
+    options = {"attn_implementation": _attention_of(resolved.config), **more}
+    if quantization == "none":
+        return random_model(resolved.config, dtype, device, seed, **options)
+    chosen = quantization_config(quantization, dtype)
+    return random_quantized_model(resolved.config, chosen, dtype, device, seed, **options)
 
-    if quantization != "none":
+
+def _quantization_options(resolved: ResolvedModel, quantization: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` is told, so that the weights come in `quantization` or as they are stored."""
+    stored = resolved.quantization
+    if stored == "none":
+        return {} if quantization == "none" else {"quantization_config": quantization_config(quantization, dtype)}
+    if quantization not in ("none", stored):
         raise ConfigError(
-            "a shipped shape cannot be quantized yet", got=f"{resolved.name} with {quantization}",
-            fix="give a model folder, or leave quantization out",
+            f"the weights of {resolved.name} are quantized already", got=quantization, allowed=f"none, {stored}",
+            fix=f"set quantization to {stored}, or give the model that was not quantized",
         )  # fmt: skip
-    torch.manual_seed(seed)
-    options = {"dtype": dtype, "attn_implementation": _attention_of(resolved.config), **more}
-    with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(resolved.config, **options).to(device)
+    if stored not in ("nf4", "fp4"):
+        return {}
+    # Stored with them is what the layers computed in when they were quantized.
+    config = copy.deepcopy(resolved.config)
+    config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    return {"config": config}
+
+
+def _cast_what_is_dense(model: Any, dtype: torch.dtype) -> None:
+    """Beside weights that are stored quantized, transformers leaves all others in the dtype that they are stored in."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and not (is_quantized(module) and name == "weight"):
+                parameter.data = parameter.data.to(dtype)
 
 
 def load_tokenizer(resolved: ResolvedModel, *, offline: bool = True, trust_remote_code: bool = False) -> Any:

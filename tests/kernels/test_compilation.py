@@ -1,6 +1,7 @@
 """Triton's interpreter takes what its compiler refuses, a variable that changes its type in a loop for one.  The
 compiler needs no GPU, so what the launchers launch is compiled for one here."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -36,11 +37,12 @@ def activation(kind: str, gated: bool) -> list[tuple[str, Arguments]]:
     ]
 
 
-def cross_entropy(scale: bool, softcap: bool) -> list[tuple[str, Arguments]]:
+def cross_entropy(scale: bool, softcap: bool, lse: bool) -> list[tuple[str, Arguments]]:
     return [
         ("cross_entropy._cross_entropy_kernel", {
-            "logits_ptr": HALF, "targets_ptr": TARGETS, "scale_ptr": WIDE if scale else None, "loss_ptr": WIDE,
-            "multiplier": NUMBER, "softcap": NUMBER if softcap else None, "BLOCK_V": 8192,
+            "logits_ptr": "*fp16" if lse else HALF, "targets_ptr": TARGETS, "scale_ptr": WIDE if scale else None,
+            "lse_ptr": WIDE if lse else None, "loss_ptr": WIDE, "divisor_ptr": WIDE if scale else None,
+            "multiplier": NUMBER, "softcap": NUMBER if softcap else None, "BLOCK_V": 4096, "STAGES": 3,
         })
     ]  # fmt: skip
 
@@ -77,6 +79,36 @@ def adapted(kind: str, gated: bool, rank: int) -> list[tuple[str, Arguments]]:
     ]  # fmt: skip
 
 
+def narrow(kind: str, ranks: tuple[int, int, int], low: bool) -> list[tuple[str, Arguments]]:
+    layers, width = range(3), max(ranks)
+    shared = {
+        "dlow_parts_ptr": WIDE, "db_parts_ptr": WIDE, "WIDTH": width,
+        **{f"RANK_{layer}": ranks[layer] for layer in layers},
+    }  # fmt: skip
+    return [
+        ("lora_linear._parts_kernel", {
+            **shared, **{f"dy_{layer}_ptr": kind for layer in layers}, **{f"b_{layer}_ptr": WIDE for layer in layers},
+            **{f"scaling_{layer}": NUMBER for layer in layers}, "low_ptr": kind if low else None,
+            "BLOCK_R": max(16, width), "BLOCK_T": 64, "BLOCK_O": 64 if kind == WIDE else 256, "STAGES": 3,
+        }),
+        ("lora_linear._sum_kernel", {**shared, "dlow_ptr": kind, "db_ptr": WIDE, "BLOCK_P": 8, "BLOCK_N": 512}),
+    ]  # fmt: skip
+
+
+def dequantize(nested: bool, dtype: str) -> list[tuple[str, Arguments]]:
+    of_nested = dict.fromkeys(("nested_table_ptr", "nested_absmax_ptr", "offset_ptr"), WIDE if nested else None)
+    return [
+        ("dequantize._dequantize_4bit_kernel", {
+            "words_ptr": "*i32", "table_ptr": WIDE, "absmax_ptr": "*u8" if nested else WIDE, **of_nested,
+            "out_ptr": HALF, "elements": "i64", "BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, "DTYPE": dtype, "W": 128,
+            "PARTS": 4,
+        }),
+        ("dequantize._dequantize_int8_kernel", {
+            "codes_ptr": "*i8", "absmax_ptr": WIDE, "out_ptr": HALF, "STEP": 0.0078, "BLOCK_I": 1024,
+        }),
+    ]  # fmt: skip
+
+
 LAUNCHES = [
     *(launch for kind in ("rms", "rms_unit_offset", "layer") for more in (True, False) for launch in norm(kind, more)),
     *(
@@ -85,10 +117,13 @@ LAUNCHES = [
         for gated in (True, False)
         for launch in activation(kind, gated)
     ),
-    *(launch for scale in (True, False) for softcap in (True, False) for launch in cross_entropy(scale, softcap)),
+    *(launch for each in itertools.product((True, False), repeat=3) for launch in cross_entropy(*each)),
     *(launch for inverse in (True, False) for launch in rope(inverse)),
     *(launch for rank in (8, 16, 64) for gated in (True, False) for launch in adapted("silu", gated, rank)),
     *(launch for kind in ("gelu", "gelu_tanh") for launch in adapted(kind, True, 16)),
+    *(launch for ranks in ((16, 0, 0), (64, 8, 16)) for low in (True, False) for launch in narrow(HALF, ranks, low)),
+    *narrow(WIDE, (16, 0, 0), True),
+    *(launch for dtype in ("fp32", "bf16", "fp16") for launch in dequantize(dtype == "bf16", dtype)),
 ]
 
 SCRIPT = """

@@ -12,11 +12,10 @@ from fastft.hardware import detect_device
 from fastft.models.loading import (
     load_model,
     load_tokenizer,
-    quantization_config,
     resolve_model,
     torch_dtype,
 )
-from fastft.models.quantized import is_quantized
+from fastft.models.quantized import dense_weight, is_quantized
 from fastft.models.shapes import SHAPES
 
 TINY = Path(fastft.__file__).parent / "models" / "tiny"
@@ -142,26 +141,181 @@ def test_further_arguments_are_not_swallowed(folder):
             load_model(resolve_model(name), dtype=torch.float32, device="cpu", no_such_argument=1)
 
 
+def stored(model: Any) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` writes: packed weights with all their statistics too."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert torch.equal(got[name], tensor), name
+
+
+@pytest.fixture
+def dense_at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many of the matrices that were given to bitsandbytes exist, each time it is given one."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from transformers.integrations import bitsandbytes as integration
+
+    given: list[StorageWeakRef] = []
+    counts: list[int] = []
+    for operation in (integration.Bnb4bitQuantize, integration.Bnb8bitQuantize):
+
+        def convert(
+            self: Any, tensors: dict[str, Any], *args: Any, _convert: Any = operation.convert, **more: Any
+        ) -> Any:
+            for value in tensors.values():
+                matrix = value[0] if isinstance(value, list) else value
+                given.append(StorageWeakRef(matrix.untyped_storage()))
+            counts.append(sum(not reference.expired() for reference in given))
+            return _convert(self, tensors, *args, **more)
+
+        monkeypatch.setattr(operation, "convert", convert)
+    return counts
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
-def test_quantization(quantization, folder, device):
+def test_quantization(quantization, folder, device, dense_at_once):
     bitsandbytes = pytest.importorskip("bitsandbytes")
+    for name in (str(folder), "toy-qwen2"):
+        model = load_model(resolve_model(name), dtype=torch.bfloat16, device=device.type, quantization=quantization)
+        layer = model.model.layers[0]
+        assert is_quantized(layer.mlp.up_proj)
+        assert layer.self_attn.q_proj.bias.dtype == torch.bfloat16
+        assert not is_quantized(model.lm_head)
+        assert {p.device.type for p in model.parameters()} == {device.type}
+        if quantization == "int8":
+            assert isinstance(layer.mlp.up_proj, bitsandbytes.nn.Linear8bitLt)
+            continue
+        assert layer.mlp.up_proj.weight.quant_type == quantization
+        assert layer.mlp.up_proj.weight.quant_state.nested, "double quantization"
+        assert layer.mlp.up_proj.weight.quant_state.dtype == torch.bfloat16
+        assert layer.mlp.up_proj.compute_dtype == torch.bfloat16
+    assert len(dense_at_once) == 2 * 3 * 7
+    assert max(dense_at_once) == 1
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith("toy-") and name != "toy-falcon"])
+def test_a_quantized_shape_is_the_model_that_it_is_without(name, quantization, device):
+    """Norms, biases and buffers are equal; random weights have the family's standard deviation."""
+    pytest.importorskip("bitsandbytes")
+    resolved = resolve_model(name)
+    model, dense = (
+        load_model(resolved, dtype=torch.float32, device=device.type, quantization=kind, seed=3)
+        for kind in (quantization, "none")
+    )
+    assert resolved.quantization == "none", "the configuration is the resolved model's own, and not changed"
+    assert model.config._attn_implementation == dense.config._attn_implementation
+    modules = dict(dense.named_modules())
+    assert dict(model.named_modules()).keys() == modules.keys()
+    quantized_count = 0
+    for path, module in model.named_modules():
+        tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+        for leaf, tensor in tensors.items():
+            expected = getattr(modules[path], leaf)
+            assert tensor.device == expected.device
+            if is_quantized(module) and leaf == "weight":
+                quantized_count += 1
+                tensor = dense_weight(module, torch.float32)
+            assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype)
+            if expected.dim() < 2:
+                assert torch.equal(tensor, expected), (path, leaf)
+            else:
+                assert tensor.std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
+    assert quantized_count == model.config.num_hidden_layers * len(SHAPES[name].spec.targets)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == SHAPES[name].tied_embeddings
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_random_quantized_weights_follow_the_seed(quantization, device):
+    pytest.importorskip("bitsandbytes")
+    first, again, other = (
+        stored(load_model(resolve_model("toy-llama"), dtype=torch.bfloat16, device=device.type,
+                          quantization=quantization, seed=seed))
+        for seed in (1, 1, 2)
+    )  # fmt: skip
+    assert_same(again, first)
+    name = "model.layers.2.mlp.up_proj.weight"
+    assert not torch.equal(other[name], first[name])
+    assert not torch.equal(first["model.layers.1.mlp.up_proj.weight"], first[name])
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_a_quantized_shape_is_known_by_what_a_loaded_model_is_known_by(quantization, device, tmp_path):
+    import peft
+
+    pytest.importorskip("bitsandbytes")
+    model = load_model(resolve_model("toy-llama"), dtype=torch.bfloat16, device=device.type, quantization=quantization)
+    before = stored(model)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(resolve_model(str(tmp_path)), dtype=torch.bfloat16, device=device.type)
+    assert_same(stored(loaded), before)
+    for name in ("is_quantized", "quantization_method", f"is_loaded_in_{8 if quantization == 'int8' else 4}bit"):
+        assert getattr(model, name) == getattr(loaded, name)
+    assert type(model.hf_quantizer) is type(loaded.hf_quantizer)
+    assert model.hf_quantizer.is_trainable
+    assert model.config.quantization_config.to_dict() == loaded.config.quantization_config.to_dict()
+    # Trainers refuse a quantized model that has no adapter; PEFT chooses its layers by the attributes above.
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"], task_type="CAUSAL_LM"))
+    kind = peft.tuners.lora.Linear8bitLt if quantization == "int8" else peft.tuners.lora.Linear4bit
+    assert isinstance(adapted.get_base_model().model.layers[0].mlp.up_proj, kind)
+    transformers.Trainer(adapted, transformers.TrainingArguments(str(tmp_path), use_cpu=device.type == "cpu"))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_weights_that_are_stored_quantized_stay_as_they_are(quantization, folder, device, tmp_path):
+    pytest.importorskip("bitsandbytes")
     model = load_model(resolve_model(str(folder)), dtype=torch.bfloat16, device=device.type, quantization=quantization)
-    layer = model.model.layers[0]
-    if quantization == "int8":
-        assert isinstance(layer.mlp.up_proj, bitsandbytes.nn.Linear8bitLt)
-        return
-    assert is_quantized(layer.mlp.up_proj)
-    assert layer.mlp.up_proj.weight.quant_type == quantization
-    assert layer.mlp.up_proj.weight.quant_state.nested, "double quantization"
-    assert layer.mlp.up_proj.compute_dtype == torch.bfloat16
-    assert not is_quantized(model.lm_head)
+    before = stored(model)
+    model.save_pretrained(tmp_path)
+    resolved = resolve_model(str(tmp_path))
+    assert resolved.quantization == quantization
+    for asked in ("none", quantization):
+        loaded = load_model(resolved, dtype=torch.bfloat16, device=device.type, quantization=asked)
+        assert_same(stored(loaded), before)
+    for asked in {"nf4", "fp4", "int8"} - {quantization}:
+        with pytest.raises(
+            ConfigError, match=f"quantized already; got {asked}; allowed: none, {quantization}; fix: set"
+        ):
+            load_model(resolved, dtype=torch.bfloat16, device=device.type, quantization=asked)
+
+
+@pytest.mark.parametrize("asked", ["none", "nf4"])
+def test_stored_4_bits_are_computed_with_in_the_dtype_asked_for(asked, folder, device, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = load_model(resolve_model(str(folder)), dtype=torch.bfloat16, device=device.type, quantization="nf4")
+    model.save_pretrained(tmp_path)
+    resolved = resolve_model(str(tmp_path))
+    loaded = load_model(resolved, dtype=torch.float32, device=device.type, quantization=asked)
+    linear = loaded.model.layers[0].mlp.up_proj
+    assert linear.compute_dtype == torch.float32
+    assert linear.weight.quant_state.dtype == torch.bfloat16, "what the weights were"
+    assert loaded.lm_head.weight.dtype == torch.float32
+    assert loaded.config._attn_implementation == "sdpa"
+    assert resolved.config.quantization_config["bnb_4bit_compute_dtype"] == "bfloat16", "not changed"
+    with pytest.raises(TypeError, match="no_such_argument"):
+        load_model(resolved, dtype=torch.float32, device=device.type, no_such_argument=1)
+
+
+def test_other_stored_quantizations_have_their_name(folder):
+    config = resolve_model(str(folder)).config
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(folder)
+    resolved = resolve_model(str(folder))
+    assert resolved.quantization == "gptq"
+    with pytest.raises(ConfigError, match="got nf4; allowed: none, gptq"):
+        load_model(resolved, dtype=torch.float32, device="cpu", quantization="nf4")
 
 
 def test_what_cannot_be_quantized_is_refused():
-    with pytest.raises(ConfigError, match="cannot be quantized yet; got toy-llama with nf4"):
-        load_model(resolve_model("toy-llama"), dtype=torch.float32, device="cpu", quantization="nf4")
+    # Its linear layers are of a class of their own, which transformers hands to no quantizer.
+    with pytest.raises(ModelError, match="bitsandbytes quantizes no layer of toy-falcon; got nf4"):
+        load_model(resolve_model("toy-falcon"), dtype=torch.float32, device="cpu", quantization="nf4")
     with pytest.raises(ConfigError, match=r"quantization is unknown; got nf5; .*did you mean 'nf4'"):
-        quantization_config("nf5", torch.float32)
+        load_model(resolve_model("toy-llama"), dtype=torch.float32, device="cpu", quantization="nf5")
 
 
 def test_dtypes_by_name():
