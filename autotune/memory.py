@@ -12,7 +12,7 @@ from autotune.solver import PolicyCost
 from autotune.space import uniform_policy
 from fastft.config import RunConfig
 from fastft.hardware import Device
-from fastft.memory_model import memory_terms, recompute_flops, step_flops
+from fastft.memory.model import memory_terms, recompute_flops, step_flops
 from fastft.models.shapes import ModelShape
 from fastft.plan import OFFLOADED, POLICIES, Choices, Policy, Trial
 

@@ -3,6 +3,8 @@
     backend       the fused engine of this device; stock PEFT, because it may win, and then it should
     micro-batch   divisors of the global batch: every optimizer step still sees the same samples
     placement     one policy for all layers; mixed placements are solved from what these measured
+    the rest      loss and MLP chunks, dense copies of quantized weights, the embedding on the host: as arithmetic fits
+                  them to the memory there is (`fastft.memory.fitting`), one candidate a micro-batch
 
 For stock PEFT the placement says whether Hugging Face checkpoints: `light` is no, `full` is yes.
 """
@@ -13,7 +15,8 @@ from typing import Literal
 
 from fastft.config import RunConfig
 from fastft.hardware import Device
-from fastft.memory_model import estimate_peak_bytes, memory_terms
+from fastft.memory.fitting import fit
+from fastft.memory.model import estimate_peak_bytes, memory_terms
 from fastft.models.shapes import ModelShape
 from fastft.plan import OFFLOADED, POLICIES, Choices, Policy, Trial
 from fastft.planning import divisors, without_plan
@@ -23,6 +26,9 @@ EffortName = Literal["quick", "full", "exhaustive"]
 MODEL_ERROR = 1.3
 """A candidate is pruned unseen only if its estimated peak is beyond the limit by this factor: the model of memory
 may be wrong by so much before a fast candidate is lost."""
+
+FIT_SHARE = 0.97
+"""Share of the limit to which choices are fitted by arithmetic, which is right within some per cent."""
 
 MEMORY_VERDICTS = ("out_of_memory", "allocator_retry", "over_cap")
 
@@ -101,6 +107,12 @@ def candidates(config: RunConfig, shape: ModelShape, device: Device, effort: Eff
 
     sizes = _micro_batches(config.batch_size, default.micro_batch, level, device, unbound=unbound)
     fused = [default.backend] if default.backend != "peft" else []
+    if config.quantization != "none" or not unbound:
+        for size in sizes if default.backend != "peft" else []:
+            rows = default.model_copy(update={"micro_batch": size, "accumulation": config.batch_size // size})
+            fitted = fit(int(FIT_SHARE * limit), shape, rows, config, device=device)
+            if fitted is not None and fitted.choices not in found:
+                found.append(fitted.choices)
     if device.kind == "cuda" and level.eager_on_gpu and "eager" not in fused:
         fused.append("eager")
     for backend in fused:
@@ -137,6 +149,10 @@ def uniform_policy(choices: Choices) -> Policy | None:
     return choices.placement[0] if len(set(choices.placement)) == 1 else None
 
 
+_WEIGHED = {"micro_batch", "accumulation", "placement"}
+"""What `why_skip` compares; all else must be equal."""
+
+
 def why_skip(candidate: Choices, trials: Sequence[Trial], effort: EffortName) -> str | None:
     """Why a uniform candidate need not be tried after `trials`; None if it should be.
 
@@ -149,7 +165,8 @@ def why_skip(candidate: Choices, trials: Sequence[Trial], effort: EffortName) ->
         return None
     rank = POLICIES.index(policy)  # from most to least memory
     recomputed = POLICIES.index(OFFLOADED.get(policy, policy))
-    same_backend = [t for t in trials if t.choices.backend == candidate.backend and uniform_policy(t.choices)]
+    alike = candidate.model_dump(exclude=_WEIGHED)
+    same_backend = [t for t in trials if uniform_policy(t.choices) and t.choices.model_dump(exclude=_WEIGHED) == alike]
     for trial in same_backend:
         other = POLICIES.index(trial.choices.placement[0])
         if trial.verdict in MEMORY_VERDICTS and trial.choices.micro_batch <= candidate.micro_batch and other >= rank:

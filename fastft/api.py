@@ -10,22 +10,24 @@ import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from fastft.backends import load_backend
 from fastft.config import RunConfig, parse_bytes
+from fastft.engine import optimizer_step
 from fastft.engine.patch import patch_model, unpatch_model
 from fastft.engine.state import Placed
 from fastft.errors import ConfigError, FastftError, ModelError, unknown_choice
 from fastft.hardware import Device, detect_device
-from fastft.memory_model import best_placement_under, recompute_flops
+from fastft.memory.fitting import fit, smallest
+from fastft.memory.model import memory_terms
 from fastft.models.loading import DTYPES, load_model, load_tokenizer, resolve_model, torch_dtype
 from fastft.models.shapes import ModelShape
 from fastft.models.spec import SPECS
-from fastft.plan import POLICIES, Choices, Plan, keeps_input_only
+from fastft.plan import POLICIES, Choices, Plan, Policy, keeps_input_only
 from fastft.plan_store import PlanStore, read_foreign_plan
 
 log = logging.getLogger("fastft")
@@ -267,17 +269,22 @@ def _put_backend_in(
         if backend != "peft":
             patch_model(adapted, backend=backend, strict=config.strict)
         return
+    automatic = functools.partial(_AutoPlacement, adapted, shape=shape, device=device, backend=backend)
     placement: Any
     if checkpointing in ("auto", "unsloth"):
-        placement = plan.choices.placement if plan is not None else _AutoPlacement(config, shape, device, backend)
+        placement = plan.choices.placement if plan is not None else automatic(config, residents=True)
     elif isinstance(checkpointing, bool):
         placement = "full" if checkpointing else "light"
     else:
         placement = checkpointing
     more: dict[str, Any] = {}
     if plan is not None:
-        more = {"attention": plan.choices.attention, "loss_chunk_tokens": plan.choices.loss_chunk_tokens}
-        more["graphs"] = plan.choices.graphs
+        names = ("attention", "loss_chunk_tokens", "mlp_chunk_tokens", "resident_layers", "host_embedding", "graphs")
+        more = {name: getattr(plan.choices, name) for name in names}
+    elif isinstance(placement, str) and (config.memory_cap is not None or config.quantization != "none"):
+        # Who checkpoints wants memory, not dense copies of quantized weights.
+        given = config.model_copy(update={"placement": placement})
+        placement = automatic(given, residents=not keeps_input_only(cast(Policy, placement)))
     patch_model(adapted, backend=backend, placement=placement, strict=config.strict, **more)
 
 
@@ -313,34 +320,50 @@ def _find_plan(config: RunConfig, shape: ModelShape, device: Device) -> Plan | N
 
 
 class _AutoPlacement:
-    """Chooses the placement when the batch is known: the least recomputation that fits the cap, or the device."""
+    """Chooses what is given up for memory when the batch is known: the least extra work that fits the cap, or the
+    device."""
 
     # What is left to the allocator's rounding and to other users of the device.
     HEADROOM = 0.92
 
-    def __init__(self, config: RunConfig, shape: ModelShape, device: Device, backend: str) -> None:
+    def __init__(
+        self, model: nn.Module, config: RunConfig, shape: ModelShape, device: Device, backend: str, *, residents: bool
+    ) -> None:
+        self._model = weakref.ref(model)
         self._config, self._shape, self._device, self._backend = config, shape, device, backend
+        self._residents = residents
         cap = config.memory_cap
         self._cap = parse_bytes(cap) if cap is not None else int(device.memory_bytes * self.HEADROOM)
+        self._now: Choices | None = None
+        self._steps = optimizer_step.steps()
 
     def __call__(self, batch: int, tokens: int) -> Placed:
-        """The policies for micro-batches of `batch` rows of `tokens` tokens, and how much of the loss at a time."""
-        from fastft.planning import SMALL_LOSS_CHUNK
-
+        """What micro-batches of `batch` rows of `tokens` tokens do for memory."""
         config = self._config.model_copy(update={"sequence_tokens": tokens, "batch_size": batch})
-        layers = self._shape.layers
-        default = Choices(backend=self._backend, micro_batch=batch, accumulation=1, placement=["light"] * layers)
-        best: tuple[float, Choices] | None = None
-        # Smaller chunks cost little, and less than recomputing a layer: only where they spare that.
-        for chunk in (default.loss_chunk_tokens, SMALL_LOSS_CHUNK):
-            choices = default.model_copy(update={"loss_chunk_tokens": chunk})
-            placement = best_placement_under(self._cap, self._shape, choices, config, device=self._device)
-            if placement is not None:
-                price = sum(recompute_flops(self._shape, policy, tokens, self._backend) for policy in placement)
-                if best is None or price < best[0]:
-                    best = price, choices.model_copy(update={"placement": placement})
-        if best is None:
-            log.warning("no placement is predicted to fit %.2f GiB; taking the smallest", self._cap / 2**30)
-            return Placed(["offload" if self._device.kind == "cuda" else "full"] * layers, SMALL_LOSS_CHUNK)
-        log.info("no plan is cached; by estimate: %s", best[1].summary())
-        return Placed(list(best[1].placement), best[1].loss_chunk_tokens)
+        shape, device = self._shape, self._device
+        placement = [config.placement or "light"] * shape.layers
+        default = Choices(backend=self._backend, micro_batch=batch, accumulation=1, placement=placement)
+        cap = self._cap - self._beyond_prediction(config)
+        fitted = fit(cap, shape, default, config, device=device)
+        if fitted is not None:
+            chosen = fitted.choices
+            log.info("no plan is cached; by estimate: %s", chosen.summary())
+        else:
+            chosen = smallest(shape, default, config, device=device)
+            log.warning("nothing is predicted to fit %.2f GiB; taking the smallest", self._cap / 2**30)
+        if not self._residents:
+            chosen = chosen.model_copy(update={"resident_layers": 0})
+        self._now = chosen
+        return Placed.of(chosen)
+
+    def _beyond_prediction(self, config: RunConfig) -> int:
+        """By how many bytes more than predicted stands on the device when a step begins (fewer: negative).
+
+        Zero at first: how large an optimizer's states are is known when it has made a step.
+        """
+        model = self._model()
+        if self._now is None or model is None or self._device.kind != "cuda" or optimizer_step.steps() == self._steps:
+            return 0
+        gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p.grad is None)
+        predicted = memory_terms(self._shape, self._now, config, self._device).model - gradients
+        return torch.cuda.memory_allocated() - predicted

@@ -82,6 +82,12 @@ class Choices(_Frozen):
     """An implementation of `fastft.kernels.attention`, or auto."""
     loss_chunk_tokens: int = Field(default=2048, ge=1)
     """Labelled rows whose logits exist at a time."""
+    mlp_chunk_tokens: int | None = Field(default=None, ge=1)
+    """About how many tokens a layer's MLP takes at a time, where its gate is not saved; None for all."""
+    resident_layers: int = Field(default=0, ge=0)
+    """So many layers, the first ones, keep their quantized weights dense as well."""
+    host_embedding: bool = False
+    """Whether the input embedding stays in host memory."""
     graphs: Literal["auto", "on", "off"] = "auto"
     """Whether CUDA graphs replay the layers; auto: where a step is small enough to be bound by its launches."""
 
@@ -94,7 +100,10 @@ class Choices(_Frozen):
             else:
                 runs.append((policy, 1))
         placement = " + ".join(f"{count}×{policy}" for policy, count in runs)
-        return f"{self.backend}, {self.micro_batch}×{self.accumulation} sequences, placement {placement}"
+        more = [f", MLP by {self.mlp_chunk_tokens} tokens"] if self.mlp_chunk_tokens is not None else []
+        more += [f", {self.resident_layers} layers dense"] if self.resident_layers else []
+        more += [", embedding on the host"] if self.host_embedding else []
+        return f"{self.backend}, {self.micro_batch}×{self.accumulation} sequences, placement {placement}{''.join(more)}"
 
 
 class Trial(_Frozen):

@@ -20,7 +20,8 @@ from fastft.config import LoraConfig, RunConfig
 from fastft.errors import BackendError, ConfigError, ModelError, OutputError, PlanError, unknown_choice
 from fastft.files import canonical_json, write_atomically
 from fastft.hardware import Device, kernels_sha256, resolve_dtype, soft_facts, software_versions
-from fastft.memory_model import best_placement_under, estimate_peak_bytes, memory_terms, recompute_flops, step_flops
+from fastft.memory.fitting import fit, smallest
+from fastft.memory.model import estimate_peak_bytes, memory_terms, step_flops
 from fastft.models.shapes import SHAPES, SUPPORTED_FAMILIES, ModelShape
 from fastft.plan import Choices, Plan, PlanKey
 from fastft.plan_store import PLAN_BACKENDS, PlanStore, cache_folder, read_foreign_plan
@@ -30,8 +31,6 @@ DEFAULT_MICRO_BATCH = {"cuda": 4, "cpu": 16}
 """The default micro-batch is the largest divisor of the global batch up to this."""
 _HALF_SPEED_TOKENS = 256
 """Assumed micro-batch at which a GPU runs at half its speed; only ranks untuned defaults under a cap."""
-SMALL_LOSS_CHUNK = 512
-"""Rows of logits at a time where the default's would not fit: a vocabulary of 128k takes 0.4 GiB then, not 1.5."""
 
 
 @dataclass(frozen=True)
@@ -190,18 +189,19 @@ def without_plan(config: RunConfig, shape: ModelShape, device: Device, why: str,
     warnings: tuple[str, ...] = ()
     if cap is not None:
         fitting = _fastest_under(cap, config, shape, device, choices)
+        one_row = _with_micro_batch(choices, config, config.micro_batch or 1)
         if fitting is None:
-            smallest = _smallest(config, shape, choices, device)
-            need = memory_terms(shape, smallest, config, device).model
+            least = smallest(shape, one_row, config, device=device)
+            need = memory_terms(shape, least, config, device).model
             if need > cap:
                 raise PlanError(
                     "memory_cap is below what the model itself needs", got=gib(cap),
                     allowed=f"about {gib(need)} and more",
                     fix="raise the cap, or quantize the base weights (quantization = \"nf4\")",
                 )  # fmt: skip
-            peak = estimate_peak_bytes(shape, smallest, config, device=device)
+            peak = estimate_peak_bytes(shape, least, config, device=device)
             warnings = (f"the smallest choices are estimated at {gib(peak)}, above the cap of {gib(cap)}",)
-        choices = fitting or _smallest(config, shape, choices, device)
+        choices = fitting or smallest(shape, one_row, config, device=device)
         why += f"; estimated under {gib(cap)}"
     message = f"{why}: default {choices.summary()}" + (f"; {hint}" if hint else "")
     return Resolution(plan=None, choices=choices, message=message, warnings=warnings)
@@ -310,32 +310,18 @@ def _pinned(choices: Choices, config: RunConfig) -> tuple[Choices, list[str]]:
 
 
 def _fastest_under(cap: int, config: RunConfig, shape: ModelShape, device: Device, default: Choices) -> Choices | None:
-    """Over micro-batches up to the default's: the least recomputation that fits, weighed against small batches."""
+    """Over micro-batches up to the default's: the least extra work that fits, weighed against small batches."""
     best: tuple[float, Choices] | None = None
     sizes = [d for d in divisors(config.batch_size) if d <= default.micro_batch]
     for size in [config.micro_batch] if config.micro_batch else reversed(sizes):
-        for chunk in (default.loss_chunk_tokens, SMALL_LOSS_CHUNK):
-            choices = _with_micro_batch(default, config, size).model_copy(update={"loss_chunk_tokens": chunk})
-            if config.placement is None:
-                placement = best_placement_under(cap, shape, choices, config, device=device)
-                if placement is None:
-                    continue
-                choices = choices.model_copy(update={"placement": placement})
-            elif estimate_peak_bytes(shape, choices, config, device=device) > cap:
-                continue
-            extra = sum(recompute_flops(shape, p, config.sequence_tokens, choices.backend) for p in choices.placement)
-            work = 1 + extra / (shape.layers * step_flops(shape, config.sequence_tokens))
-            time = work * (1 + _HALF_SPEED_TOKENS / (size * config.sequence_tokens))
-            if best is None or time < best[0]:
-                best = time, choices
+        fitted = fit(cap, shape, _with_micro_batch(default, config, size), config, device=device)
+        if fitted is None:
+            continue
+        work = 1 + fitted.extra_flops / (shape.layers * step_flops(shape, config.sequence_tokens))
+        time = work * (1 + _HALF_SPEED_TOKENS / (size * config.sequence_tokens))
+        if best is None or time < best[0]:
+            best = time, fitted.choices
     return None if best is None else best[1]
-
-
-def _smallest(config: RunConfig, shape: ModelShape, default: Choices, device: Device) -> Choices:
-    smallest = "offload" if device.kind == "cuda" and default.backend != "peft" else "full"
-    return _with_micro_batch(default, config, config.micro_batch or 1).model_copy(
-        update={"placement": [config.placement or smallest] * shape.layers, "loss_chunk_tokens": SMALL_LOSS_CHUNK}
-    )
 
 
 def _with_micro_batch(choices: Choices, config: RunConfig, size: int) -> Choices:

@@ -151,7 +151,6 @@ def test_dtypes(dtype, expected):
     ("arguments", "error", "message"),
     [
         ({"load_in_4bit": True, "load_in_8bit": True}, ConfigError, "exclude each other"),
-        ({"load_in_4bit": True}, ConfigError, "a shipped shape cannot be quantized"),
         ({"model": "toy-lama"}, ModelError, "did you mean 'toy-llama'"),
         ({"model": "./nowhere"}, ModelError, "model is unknown"),
         ({"model": "owner/name", "local_files_only": True}, ModelError, "cannot read model owner/name"),
@@ -210,7 +209,7 @@ def test_without_a_plan_the_placement_follows_the_batch_and_the_cap(caplog):
     with caplog.at_level(logging.WARNING, logger="fastft"):
         gradients_of(tight)
     assert placement_of(tight) == ["full"] * 3
-    assert "no placement is predicted to fit" in caplog.text
+    assert "nothing is predicted to fit" in caplog.text
 
 
 def test_the_stock_backend_is_stock():

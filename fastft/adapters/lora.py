@@ -38,9 +38,13 @@ class AdaptedLinear(NamedTuple):
     dropout: float
     b_bias: torch.Tensor | None = None
     """(out); PEFT's `lora_bias`."""
+    dense: torch.Tensor | None = None
+    """The matrix of a quantized layer, where that stays on the device."""
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """The frozen matrix (out × in) in `dtype`; a quantized one is dequantized anew at each call."""
+        """The frozen matrix (out × in) in `dtype`; a quantized one that does not stay dense is dequantized anew."""
+        if self.dense is not None and self.dense.dtype == dtype:
+            return self.dense
         weight = dense_weight(self.module, dtype)
         return weight.t() if isinstance(self.module, Conv1D) else weight
 

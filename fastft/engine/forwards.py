@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastft.engine.aside import Aside
+from fastft.engine.host_embedding import keep_on_host
 from fastft.engine.loss import IGNORED, Targets
 from fastft.engine.norm import norm_forward
 from fastft.engine.parts import LayerCall, LayerParts, StepContext, read_parts
@@ -27,6 +28,7 @@ from fastft.engine.state import EngineSettings, ModuleState, compute_dtype, orig
 from fastft.engine.support import why_no_layer
 from fastft.kernels.attention.library import Seen, choose_attention
 from fastft.kernels.attention.seen import documents_of, mask_of
+from fastft.models.kv_cache import KV_CACHE, given_cache
 from fastft.plan import keeps_input_only
 
 _ROWS = "_fastft_real_rows"
@@ -47,20 +49,21 @@ def layer_forward(
 ) -> Any:
     """A decoder layer: `hidden_states` (B × S × D) to the same, or unchanged where its call was put down for later; in
     a tuple where the family's layers return one."""
+    cache = given_cache(past_key_values, kwargs)
     rows_R = kwargs.pop(_ROWS, None)
     state = state_of(self)
     settings = state.settings
     runtime = settings.runtime
     policy = policy_of(self)
-    told = (hidden_states, attention_mask, past_key_values, position_embeddings, rows_R, *kwargs, *kwargs.values())
+    told = (hidden_states, attention_mask, cache, position_embeddings, rows_R, *kwargs, *kwargs.values())
     context = runtime.told_before(state.index, told) if state.original is None else None
     if context is not None:
         settings.ledger.fused(state.name, "decoder_layer", settings.ops.name)
         settings.ledger.paths.pop(f"{state.name}.attention", None)
-        runtime.put_down(state.index, context, policy, 0)
+        runtime.put_down(hidden_states, state.index, context, policy, 0)
         return (hidden_states, None) if settings.spec.returns_tuple else hidden_states
     reason = state.replaced or _why_not_now(
-        self, settings, hidden_states, attention_mask, past_key_values, position_embeddings, kwargs
+        self, settings, hidden_states, attention_mask, cache, position_embeddings, kwargs
     )
     parts = None
     documents = runtime.behind(attention_mask)
@@ -78,12 +81,13 @@ def layer_forward(
         # Drawn from the CPU's generator, which `torch.manual_seed` fixes, without touching the device's.
         seed = int(torch.randint(2**62, ()).item()) if parts.has_dropout else 0
         settings.ledger.fused(state.name, "decoder_layer", settings.ops.name)
-        if runtime.put_down(state.index, context, policy, seed):
+        if runtime.put_down(hidden_states, state.index, context, policy, seed):
             y_BSD = hidden_states
             if settings.attention in ("auto", context.attention.name):
                 runtime.remember(state.index, told, context)
         else:
-            y_BSD = run_layers(hidden_states, Run((LayerCall(settings.ops, parts, context, policy, seed),)))
+            call = LayerCall(settings.ops, parts, context, policy, seed, settings.mlp_chunk_tokens)
+            y_BSD = run_layers(hidden_states, Run((call,)))
         return (y_BSD, None) if settings.spec.returns_tuple else y_BSD
     assert reason is not None
     hidden_states = runtime.flush(hidden_states)
@@ -94,7 +98,7 @@ def layer_forward(
     arguments = {
         "attention_mask": attention_mask,
         "position_ids": position_ids,
-        "past_key_values": past_key_values,
+        KV_CACHE: cache,
         "use_cache": use_cache,
         "position_embeddings": position_embeddings,
         **kwargs,
@@ -103,7 +107,7 @@ def layer_forward(
     if not torch.is_grad_enabled():
         return original(hidden_states, **arguments)
     settings.ledger.stock(state.name, "decoder_layer", reason)
-    if keeps_input_only(policy) and self.training and past_key_values is None:
+    if keeps_input_only(policy) and self.training and cache is None:
         # The stock layer honours the same placement in its own way; a cache must not be written twice.
         return checkpoint(original, hidden_states, use_reentrant=False, **arguments)
     return original(hidden_states, **arguments)
@@ -133,7 +137,7 @@ def backbone_forward(
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": position_ids,
-        "past_key_values": past_key_values,
+        KV_CACHE: given_cache(past_key_values, kwargs),
         "inputs_embeds": inputs_embeds,
         "use_cache": use_cache,
     }
@@ -164,15 +168,19 @@ def _train_forward(
     inputs = input_ids if input_ids is not None else given["inputs_embeds"]
     if inputs is not None:
         settings.place(*inputs.shape[:2])
+        if settings.host_embedding:
+            keep_on_host(backbone.get_input_embeddings())  # type: ignore[operator]
     runtime.begin(
         *_layers_and_norm(backbone),
         settings.spec,
         settings.ops,
         gather=_may_gather(backbone, kwargs),
         graphs=settings.graphs,
+        mlp_chunk_tokens=settings.mlp_chunk_tokens,
+        resident_layers=settings.resident_layers,
         trust=trust,
     )
-    if given["past_key_values"] is None:
+    if given[KV_CACHE] is None:
         arguments["use_cache"] = given["use_cache"] or False
         if position_ids is None and attention_mask is not None:
             device, recorded = attention_mask.device, runtime.may_record(attention_mask.numel(), attention_mask.device)
@@ -268,11 +276,11 @@ def _why_not_now(
     settings: EngineSettings,
     hidden_states: torch.Tensor,
     attention_mask: Any,
-    past_key_values: Any,
+    cache: Any,
     position_embeddings: Any,
     kwargs: dict[str, Any],
 ) -> str | None:
-    if past_key_values is not None or kwargs.get("layer_past") is not None:
+    if cache is not None or kwargs.get("layer_past") is not None:
         return "a key/value cache is in use"
     if position_embeddings is None:
         return "no position embeddings were passed"

@@ -20,6 +20,7 @@ from fastft.engine.bank import AdapterBank
 from fastft.engine.offload import HostBuffers
 from fastft.engine.parts import LayerCall, LayerParts, StepContext
 from fastft.engine.runs import Kept, Run, backward_run, forward_run
+from fastft.kernels.launch import next_power_of_2
 
 log = logging.getLogger("fastft")
 
@@ -30,6 +31,8 @@ WARM_RUNS = 2
 """How often a run comes before it is recorded: kernels are compiled and libraries have chosen theirs by then."""
 TOKEN_STEP = 64
 """Rows are filled up to a multiple of this: what is bound by its launches does not notice, and few recordings do."""
+_FEWEST_PLACES = 16
+"""Packed documents are counted in powers of two from here: batches with about as many share a recording."""
 MOST_RECORDINGS = 32
 """Shapes that come later than these run without."""
 LAYER_FLOPS = 4e12
@@ -107,6 +110,8 @@ class RecordedRun:
         for own, context in zip(self._contexts.values(), given.values(), strict=True):
             own.cos_Sd[: len(context.cos_Sd)].copy_(context.cos_Sd)
             own.sin_Sd[: len(context.sin_Sd)].copy_(context.sin_Sd)
+            if context.seen.documents is not None:
+                _fill_documents(own, context.seen.documents)
         self._replay_forward()
         return self._y_BTD.detach()[:, : self._tokens]
 
@@ -149,8 +154,8 @@ class Graphs:
             self._recorded.clear()
             self._times.clear()
             self._addresses = [tensor.data_ptr() for tensor in self._weights]
-        # Rows of nearly one length share a recording, if angles depend on the place in the row alone.
-        shared = all(len(call.context.cos_Sd) == S for call in run.calls)
+        # Rows of nearly one length share a recording, if what a token is told depends on its place in the row alone.
+        shared = all(len(call.context.cos_Sd) == S and call.context.seen.documents is None for call in run.calls)
         tokens = -(-S // TOKEN_STEP) * TOKEN_STEP if shared else S
         key = (B, tokens, x_BSD.dtype, x_BSD.device, first, needs_dx, id(bank), *map(_kind, run.calls))
         if key not in self._recorded:
@@ -217,7 +222,27 @@ def _own(context: StepContext, tokens: int, most: int) -> StepContext:
     """The context with tables of its own, for rows of up to `most` tokens instead of `tokens`."""
     rows = len(context.cos_Sd) + most - tokens
     cos_Sd, sin_Sd = (table.new_zeros(rows, table.shape[1]) for table in (context.cos_Sd, context.sin_Sd))
-    return context._replace(tokens=context.batch * most, cos_Sd=cos_Sd, sin_Sd=sin_Sd)
+    own = context._replace(tokens=context.batch * most, cos_Sd=cos_Sd, sin_Sd=sin_Sd)
+    documents = context.seen.documents
+    if documents is None:
+        return own
+    # The longest is a number that is recorded too: that of the longest that may come.
+    own = own._replace(seen=own.seen._replace(documents=documents.new_empty(_places(documents)), longest=most))
+    _fill_documents(own, documents)
+    return own
+
+
+def _places(documents: torch.Tensor) -> int:
+    """How many entries a recording for `documents` has."""
+    return max(_FEWEST_PLACES, next_power_of_2(len(documents)))
+
+
+def _fill_documents(own: StepContext, documents: torch.Tensor) -> None:
+    """The documents first; those behind them are empty."""
+    places = own.seen.documents
+    assert places is not None
+    places[: len(documents)].copy_(documents)
+    places[len(documents) :].fill_(own.tokens)
 
 
 def _fill(whole_BTD: torch.Tensor, part_BSD: torch.Tensor) -> None:
@@ -231,14 +256,16 @@ def _fill(whole_BTD: torch.Tensor, part_BSD: torch.Tensor) -> None:
 def _can_be_recorded(call: LayerCall) -> bool:
     """Whether the call's launches are the same each time: no dropout, nothing that depends on the batch's data."""
     context = call.context
-    tensors = [value for value in context.seen if isinstance(value, torch.Tensor)]
-    return not (tensors or context.rows_R is not None or call.parts.has_dropout)
+    return context.seen.mask is None and context.rows_R is None and not call.parts.has_dropout
 
 
 def _kind(call: LayerCall) -> tuple[Any, ...]:
     context = call.context
     per_row = len(context.cos_Sd) * context.batch == context.tokens
-    return call.policy, context.attention.name, context.cos_Sd.shape[1], per_row, tuple(context.seen)
+    seen = context.seen
+    told = (seen.window, seen.softcap, None if seen.documents is None else _places(seen.documents))
+    what = call.policy, call.mlp_chunk_tokens, context.attention.name
+    return *what, context.cos_Sd.shape[1], per_row, told
 
 
 def _tensors(parts: tuple[Any, ...]) -> list[torch.Tensor]:
@@ -248,7 +275,7 @@ def _tensors(parts: tuple[Any, ...]) -> list[torch.Tensor]:
         if isinstance(value, torch.Tensor):
             found.append(value)
         elif isinstance(value, AdaptedLinear):
-            found.extend(value.module.parameters())
+            found.extend(value.module.parameters() if value.dense is None else [value.dense])
         elif isinstance(value, tuple):
             found.extend(_tensors(value))
     return found

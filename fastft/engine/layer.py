@@ -15,6 +15,8 @@ import torch
 
 from fastft.adapters.lora import AdaptedLinear
 from fastft.engine.parts import LayerCall, StepContext
+from fastft.engine.saved import SAVED, Activations, Saved
+from fastft.engine.tiles import backward_in_tiles, in_tiles
 from fastft.kernels.lora_linear import AdapterTerm
 from fastft.kernels.lora_linear.reference import (
     ScaledInput,
@@ -27,78 +29,17 @@ from fastft.kernels.lora_linear.reference import (
     low_rank_gradient,
 )
 from fastft.kernels.norm import Norm
-from fastft.plan import Policy
 
 # Dropout seeds of the groups must not meet: group g uses seed + position in the layer.
 _QKV, _O, _GATE_UP, _DOWN = 0, 3, 4, 6
 
 
-class _Activations(NamedTuple):
-    """The intermediates of one layer; None where the policy did not save one, or the layer has none."""
-
-    x: torch.Tensor
-    rstd1: torch.Tensor | None = None
-    h1: torch.Tensor | None = None
-    q_in: torch.Tensor | None = None
-    """What the norm of the query heads takes; None without one, as for k_in, o and down."""
-    q_rstd: torch.Tensor | None = None
-    k_in: torch.Tensor | None = None
-    k_rstd: torch.Tensor | None = None
-    q: torch.Tensor | None = None
-    """As attention takes it: normalised and rotated."""
-    k: torch.Tensor | None = None
-    v: torch.Tensor | None = None
-    low_qkv: torch.Tensor | None = None
-    attended: torch.Tensor | None = None
-    low_o: torch.Tensor | None = None
-    o: torch.Tensor | None = None
-    """What the norm behind attention takes."""
-    o_rstd: torch.Tensor | None = None
-    x2: torch.Tensor | None = None
-    rstd2: torch.Tensor | None = None
-    h2: torch.Tensor | None = None
-    gate: torch.Tensor | None = None
-    """Where there is no gate: the activation's input.  Without their adapters' terms where the activation adds them."""
-    up: torch.Tensor | None = None
-    low_gate_up: torch.Tensor | None = None
-    low_down: torch.Tensor | None = None
-    down: torch.Tensor | None = None
-    """What the norm behind the MLP takes."""
-    down_rstd: torch.Tensor | None = None
-
-
-# Narrow ones are saved always: they weigh little, and to make them again is to read all that they are made of.
-_FULL = frozenset({"x", "low_qkv", "low_o", "low_gate_up", "low_down"})
-_MLP = _FULL | {"rstd1", "q_in", "k_in", "q", "k", "v", "attended", "o", "x2", "rstd2", "down", "down_rstd"}
-_LIGHT = _MLP | {"gate", "up"}
-_KEEP = frozenset(_Activations._fields)
-SAVED: dict[Policy, frozenset[str]] = {
-    "keep": _KEEP,
-    "light": _LIGHT,
-    "mlp": _MLP,
-    "full": _FULL,
-    "offload_mlp": _MLP,
-    "offload": _FULL,
-}
-"""Which intermediates each policy saves.  Attention's own statistics go with `attended`."""
-
-
-class Saved(NamedTuple):
-    """What one layer keeps for its backward."""
-
-    made: _Activations
-    attention: tuple[torch.Tensor, ...]
-    """Attention's own statistics."""
-
-
 def forward_layer(x_TD: torch.Tensor, call: LayerCall) -> tuple[torch.Tensor, Saved]:
     """The layer's output (T × D, dtype of `x_TD`), and what `call.policy` saves."""
-    made, attention_saved = _attention_block(_Activations(x_TD), call)
-    made = _gate_up_block(made, call)
-    made, y = _down_block(made, call)
-    made, y = _second_residual(made, y, call)
+    made, attention_saved = _attention_block(Activations(x_TD), call)
+    made, y = in_tiles(_mlp_block, made, call)
     saved = _saved_names(call, x_TD.dtype)
-    kept = _Activations(*(t if name in saved else None for name, t in made._asdict().items()))  # type: ignore[arg-type]
+    kept = Activations(*(t if name in saved else None for name, t in made._asdict().items()))  # type: ignore[arg-type]
     return y, Saved(kept, attention_saved if "attended" in saved else ())
 
 
@@ -114,11 +55,14 @@ def backward_layer(
         made, attention_saved = _attention_block(made, call)
     elif made.x2 is None and call.parts.mlp_norm is not None:
         made = _residual_block(made, made.o, call)
-    dx2, dh1, mlp_gradients = _mlp_backward(dy_TD, made, call, overwrite)
-    # Freed before attention's backward, where the other large intermediates live.
-    made = made._replace(gate=None, up=None, h2=None, down=None)
-    del saved
-    dx, attention_gradients = _attention_backward(dx2, dh1, made, attention_saved, call, needs_dx)
+    if call.mlp_chunk_tokens is not None and _scales(call.parts.mlp_norm, call.parts.gate_up, dy_TD.dtype):
+        made = made._replace(h2=None)  # tile by tile again, so that the whole need not be there
+    dx2, dh1, mlp_gradients = backward_in_tiles(_mlp_backward, dy_TD, made, call, overwrite)
+    # Freed before attention's backward, where the other large intermediates live; and handed over, so that it can free
+    # them in turn.
+    rest = [made._replace(x2=None, gate=None, up=None, h2=None, down=None)]
+    del saved, made, dy_TD
+    dx, attention_gradients = _attention_backward(dx2, dh1, rest.pop(), attention_saved, call, needs_dx)
     return dx, [*attention_gradients, *mlp_gradients]
 
 
@@ -138,7 +82,7 @@ def _saved_names(call: LayerCall, dtype: torch.dtype) -> frozenset[str]:
     return names
 
 
-def _attention_block(made: _Activations, call: LayerCall) -> tuple[_Activations, tuple[torch.Tensor, ...]]:
+def _attention_block(made: Activations, call: LayerCall) -> tuple[Activations, tuple[torch.Tensor, ...]]:
     """From x to x₂ and the MLP's normalised input."""
     parts, context = call.parts, call.context
     h1, rstd1 = call.ops.normalise(made.x, parts.input_norm)
@@ -146,7 +90,10 @@ def _attention_block(made: _Activations, call: LayerCall) -> tuple[_Activations,
     outputs, low_qkv = lora_linear(h1, parts.qkv, seed=call.seed + _QKV, low_TR=made.low_qkv, left_out=left_out)
     # Those of a packed linear are views of its output.
     q, k, v = outputs if len(outputs) == 3 else outputs[0].split(parts.qkv_columns, dim=1)
-    made = _heads_block(made._replace(rstd1=rstd1, h1=h1, v=v, low_qkv=low_qkv), q, k, call)
+    read_again = parts.mlp_norm is None or not _scales(parts.input_norm, parts.qkv, made.x.dtype)
+    made = made._replace(rstd1=rstd1, h1=h1 if read_again else None, v=v, low_qkv=low_qkv)
+    del h1, outputs
+    made = _heads_block(made, q, k, call)
     assert made.q is not None
     assert made.k is not None
     assert context.seen.softcap == parts.softcap, "the context is of another layer"
@@ -157,7 +104,7 @@ def _attention_block(made: _Activations, call: LayerCall) -> tuple[_Activations,
     return _residual_block(made._replace(attended=attended, low_o=low_o), o, call), attention_saved
 
 
-def _heads_block(made: _Activations, q: torch.Tensor | None, k: torch.Tensor | None, call: LayerCall) -> _Activations:
+def _heads_block(made: Activations, q: torch.Tensor | None, k: torch.Tensor | None, call: LayerCall) -> Activations:
     """From the projections to the queries and keys that attention takes; without norms, in their place."""
     assert q is not None
     assert k is not None
@@ -173,7 +120,7 @@ def _heads_block(made: _Activations, q: torch.Tensor | None, k: torch.Tensor | N
     return made._replace(q=q, k=k)
 
 
-def _residual_block(made: _Activations, o: torch.Tensor | None, call: LayerCall) -> _Activations:
+def _residual_block(made: Activations, o: torch.Tensor | None, call: LayerCall) -> Activations:
     """From attention's output to x₂ and the MLP's normalised input."""
     parts = call.parts
     assert o is not None
@@ -186,7 +133,14 @@ def _residual_block(made: _Activations, o: torch.Tensor | None, call: LayerCall)
     return made._replace(x2=x2, h2=h2, rstd2=rstd2)
 
 
-def _gate_up_block(made: _Activations, call: LayerCall) -> _Activations:
+def _mlp_block(made: Activations, call: LayerCall) -> tuple[Activations, torch.Tensor]:
+    """From x₂ and its normalised form to the layer's output."""
+    made = _gate_up_block(made, call)
+    made, y = _down_block(made, call)
+    return _second_residual(made, y, call)
+
+
+def _gate_up_block(made: Activations, call: LayerCall) -> Activations:
     """From x₂ (or its normalised form, where that is at hand) to gate and up."""
     parts = call.parts
     if made.gate is not None:
@@ -203,10 +157,12 @@ def _gate_up_block(made: _Activations, call: LayerCall) -> _Activations:
     gate, up = outputs[0], None
     if parts.gated:
         gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=1)
+    if _scales(parts.mlp_norm, parts.gate_up, made.h2.dtype):
+        made = made._replace(h2=None)  # nobody reads it again
     return made._replace(gate=gate, up=up, low_gate_up=low)
 
 
-def _mlp_input(made: _Activations, call: LayerCall) -> _Activations:
+def _mlp_input(made: Activations, call: LayerCall) -> Activations:
     """h₂, where it is not at hand."""
     if made.h2 is not None:
         return made
@@ -216,7 +172,7 @@ def _mlp_input(made: _Activations, call: LayerCall) -> _Activations:
     return made._replace(h2=call.ops.normalise(made.x2, call.parts.mlp_norm)[0])
 
 
-def _down_block(made: _Activations, call: LayerCall) -> tuple[_Activations, torch.Tensor]:
+def _down_block(made: Activations, call: LayerCall) -> tuple[Activations, torch.Tensor]:
     """From gate and up to the down projection's output, without its adapter's term where the residual adds that."""
     parts = call.parts
     if _activation_adds(call):
@@ -230,7 +186,7 @@ def _down_block(made: _Activations, call: LayerCall) -> tuple[_Activations, torc
     return (made if parts.post_mlp_norm is None else made._replace(down=down)), down
 
 
-def _second_residual(made: _Activations, y: torch.Tensor, call: LayerCall) -> tuple[_Activations, torch.Tensor]:
+def _second_residual(made: Activations, y: torch.Tensor, call: LayerCall) -> tuple[Activations, torch.Tensor]:
     """The layer's output, from the down projection's, in its place or that of what a norm makes of it."""
     parts = call.parts
     assert made.x2 is not None
@@ -264,7 +220,7 @@ def _residual_adds(call: LayerCall) -> bool:
     return parts.post_mlp_norm is None and a is not None and a.shape[0] <= call.ops.max_rank
 
 
-def _gate_up_terms(made: _Activations, call: LayerCall) -> tuple[AdapterTerm | None, AdapterTerm | None]:
+def _gate_up_terms(made: Activations, call: LayerCall) -> tuple[AdapterTerm | None, AdapterTerm | None]:
     """What the adapters add to gate and to up."""
     terms = adapter_terms(made.low_gate_up, call.parts.gate_up)
     if len(terms) == 2:
@@ -277,7 +233,7 @@ def _gate_up_terms(made: _Activations, call: LayerCall) -> tuple[AdapterTerm | N
 
 
 def _mlp_backward(
-    dy: torch.Tensor, made: _Activations, call: LayerCall, overwrite: bool
+    dy: torch.Tensor, made: Activations, call: LayerCall, overwrite: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
     """From dy to dx₂, to the part of dh₁ that comes from the MLP where that reads h₁, and the gradients of the
     adapters of gate, up and down (A, B each)."""
@@ -298,6 +254,7 @@ def _mlp_backward(
     da = a_gradients(dlow, x, parts.gate_up, seed=seed)
     dh2 = input_gradient(d.gate_up, dlow, parts.gate_up, seed=seed)
     gradients = [*_interleave(da, d.db_gate_up), d.da_down, d.db_down]
+    del d, x
     if parts.mlp_norm is None:
         return dy, dh2, gradients
     return call.ops.normalise_backward(dh2, made.x2, parts.mlp_norm, made.rstd2, dy), None, gradients
@@ -314,12 +271,11 @@ class _ActivationGradients(NamedTuple):
 
 
 def _through_activation(
-    ddown: torch.Tensor, made: _Activations, call: LayerCall, overwrite: bool
+    ddown: torch.Tensor, made: Activations, call: LayerCall, overwrite: bool
 ) -> _ActivationGradients:
     """From the gradient of the down projection's output to those of gate and up, and what adapters there are."""
     parts, down, seed = call.parts, (call.parts.down,), call.seed + _DOWN
-    dlow = low_rank_gradient((ddown,), down)
-    (db_down,) = b_gradients((ddown,), made.low_down, down)
+    dlow, (db_down,) = call.ops.narrow_gradients((ddown,), made.low_down, down)
     adds = _activation_adds(call)
     dact = input_gradient((ddown,), None if adds else dlow, down, seed=seed)
     packed = dact.new_empty(dact.shape[0], 2 * dact.shape[1]) if parts.gated and len(parts.gate_up) == 1 else None
@@ -353,7 +309,7 @@ def _through_activation(
 def _attention_backward(
     dx2: torch.Tensor,
     dh1: torch.Tensor | None,
-    made: _Activations,
+    made: Activations,
     attention_saved: tuple[torch.Tensor, ...],
     call: LayerCall,
     needs_dx: bool,
@@ -362,7 +318,8 @@ def _attention_backward(
     parts, context = call.parts, call.context
     assert made.attended is not None
     do = _behind_backward(dx2, made.o, made.o_rstd, parts.post_attention_norm, call)
-    o = lora_linear_backward((do,), made.attended, made.low_o, (parts.o,), seed=call.seed + _O)
+    narrow = call.ops.narrow_gradients
+    o = lora_linear_backward((do,), made.attended, made.low_o, (parts.o,), seed=call.seed + _O, narrow=narrow)
     assert o.dx_TI is not None
     del do
     if made.q is None:
@@ -373,7 +330,8 @@ def _attention_backward(
         if t is not None
     )
     d_qkv = context.attention.backward(dattended, q, k, v, attended, attention_saved, context.seen, parts.scale)
-    del dattended, q, k, v, attended
+    made, o_gradients = made._replace(q=None, k=None, v=None, attended=None), _interleave(o.da, o.db)
+    del dattended, q, k, v, attended, o
     rows = [pick_rows(d.flatten(0, 1).flatten(1), context.rows_R) for d in d_qkv]
     del d_qkv
     rows[:2] = _heads_backward(rows[0], rows[1], made, call)
@@ -384,8 +342,9 @@ def _attention_backward(
     dy = rows if len(parts.qkv) == len(rows) else [torch.cat(rows, dim=1)]
     del rows
     x = _input(made.x, h1, made.rstd1, parts.input_norm, parts.qkv)
-    qkv = lora_linear_backward(dy, x, made.low_qkv, parts.qkv, seed=call.seed + _QKV, needs_dx=needs_dx)
-    gradients = _interleave(qkv.da, qkv.db) + _interleave(o.da, o.db)
+    qkv = lora_linear_backward(dy, x, made.low_qkv, parts.qkv, seed=call.seed + _QKV, needs_dx=needs_dx, narrow=narrow)
+    gradients = _interleave(qkv.da, qkv.db) + o_gradients
+    del dy, x
     if not needs_dx:
         return None, gradients
     assert qkv.dx_TI is not None
@@ -420,7 +379,7 @@ def _input(
 
 
 def _heads_backward(
-    dq: torch.Tensor, dk: torch.Tensor, made: _Activations, call: LayerCall
+    dq: torch.Tensor, dk: torch.Tensor, made: Activations, call: LayerCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """From the gradients of what attention takes (overwritten) to those of the projections."""
     if call.parts.rotary:

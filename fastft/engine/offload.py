@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fastft.engine.layer import Saved
+from fastft.engine.saved import Saved
 from fastft.engine.streams import side_stream
 from fastft.kernels.launch import next_power_of_2
+from fastft.memory.layer import WORTH_MOVING_BYTES
 
-_WORTH_MOVING = 2**20
-"""Bytes.  Statistics and random states stay: their copies would cost more launches than they free memory."""
+_WORTH_MOVING = WORTH_MOVING_BYTES
 
 
 class HostBuffers:

@@ -52,6 +52,12 @@ _hidden: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[tuple[torch.nn.Pa
     weakref.WeakKeyDictionary()
 )
 _installed = False
+_steps = 0
+
+
+def steps() -> int:
+    """How many steps optimizers have made since `install`."""
+    return _steps
 
 
 def install() -> None:
@@ -77,6 +83,8 @@ def _before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dic
 
 
 def _after(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    global _steps
+    _steps += 1
     for parameter, gradient in _hidden.pop(optimizer, ()):
         parameter.grad = gradient
 

@@ -91,6 +91,8 @@ class LayerCall(NamedTuple):
     policy: Policy
     seed: int
     """Of the dropout masks; a recomputation draws the same ones."""
+    mlp_chunk_tokens: int | None = None
+    """About how many tokens the MLP takes at a time, where the policy does not save its gate; None for all."""
 
 
 def read_parts(layer: nn.Module, spec: LayerSpec) -> LayerParts:

@@ -30,6 +30,7 @@ from fastft.engine.generic import (
 )
 from fastft.engine.graphs import GRAPH_MODES, GraphMode
 from fastft.engine.head import causal_lm_forward
+from fastft.engine.host_embedding import give_back, why_not_on_host
 from fastft.engine.ledger import Ledger
 from fastft.engine.logits import DEFERRING_FORWARDS, deferring_forward_of, why_not_together
 from fastft.engine.norm import norm_forward
@@ -50,6 +51,9 @@ def patch_model(
     placement: Policy | Sequence[Policy] | Callable[[int, int], Placed] | None = None,
     attention: str = "auto",
     loss_chunk_tokens: int = 2048,
+    mlp_chunk_tokens: int | None = None,
+    resident_layers: int = 0,
+    host_embedding: bool = False,
     graphs: GraphMode = "auto",
     strict: bool = False,
 ) -> Ledger:
@@ -67,6 +71,12 @@ def patch_model(
             `gradient_checkpointing_enable` change it later.
         attention: a name of `fastft.kernels.attention`, or auto.
         loss_chunk_tokens: how many labelled rows have logits at a time.
+        mlp_chunk_tokens: about how many tokens a layer's MLP takes at a time, for long sequences in little memory; None
+            for all.  A layer whose policy saves gate and up, or whose MLP has adapters with dropout, takes all.  Where
+            `placement` is a function, its answer counts.
+        resident_layers: so many layers, the first ones, keep their quantized weights dense as well, and need not
+            dequantize them at each use.
+        host_embedding: the input embedding stays in host memory, from where the GPU reads the rows that it needs.
         graphs: auto replays CUDA graphs where a step is small enough to be bound by its launches, on for any size,
             off never.
         strict: a decoder layer, norm, LoRA linear, or head with loss that cannot run fused is an error instead of a
@@ -76,8 +86,8 @@ def patch_model(
     Raises:
         ModelError: neither a Hugging Face model nor anything that PEFT adapted.
         BackendError: the backend cannot run here; or `strict` and something cannot run fused.
-        ConfigError: unknown policy or attention, not one policy a layer, an empty loss chunk; or placement,
-            attention or graphs chosen for a model without a layer specification.
+        ConfigError: unknown policy or attention, not one policy a layer, an empty chunk; or placement, attention,
+            mlp_chunk_tokens or graphs chosen for a model without a layer specification.
     """
     causal_lm = base_model(model)
     family = getattr(getattr(causal_lm, "config", None), "model_type", type(causal_lm).__name__)
@@ -87,6 +97,11 @@ def patch_model(
         raise unknown_choice("graphs", graphs, GRAPH_MODES)
     if loss_chunk_tokens < 1:
         raise ConfigError("loss_chunk_tokens is not valid", got=loss_chunk_tokens, allowed="1 or more", fix="use 2048")
+    if mlp_chunk_tokens is not None and mlp_chunk_tokens < 1:
+        raise ConfigError(
+            "mlp_chunk_tokens is not valid", got=mlp_chunk_tokens, allowed="1 or more, or None",
+            fix="use 4096, or leave it out",
+        )  # fmt: skip
     ops = load_backend(backend)
     if family not in SPECS:
         unspecified = f"no layer specification for {family}"
@@ -95,9 +110,21 @@ def patch_model(
     else:
         unspecified = None
     if unspecified is not None:
-        asked = {"placement": placement is not None, "attention": attention != "auto", "graphs": graphs == "on"}
+        asked = {
+            "placement": placement is not None,
+            "attention": attention != "auto",
+            "mlp_chunk_tokens": mlp_chunk_tokens is not None,
+            "resident_layers": resident_layers > 0,
+            "host_embedding": host_embedding,
+            "graphs": graphs == "on",
+        }
         chosen = [name for name, was in asked.items() if was]
         return _patch_parts_only(causal_lm, unspecified, chosen, ops, loss_chunk_tokens, strict=strict)
+    if host_embedding and (reason := why_not_on_host(causal_lm)) is not None:
+        raise ConfigError(
+            "the embedding cannot be kept in host memory", got=reason,
+            allowed="a frozen nn.Embedding of its own on a GPU", fix="leave out host_embedding",
+        )  # fmt: skip
     spec = SPECS[family]
     backbone = attrgetter(spec.backbone)(causal_lm)
     layers, final_norm = list(attrgetter(spec.layers)(backbone)), attrgetter(spec.final_norm)(backbone)
@@ -115,6 +142,9 @@ def patch_model(
         placement_is_fixed=placement is not None,
         choose_placement=chooser,
         graphs=graphs,
+        mlp_chunk_tokens=mlp_chunk_tokens,
+        resident_layers=resident_layers,
+        host_embedding=host_embedding,
     )
     head_reason = why_replaced(causal_lm) or why_no_head(causal_lm.get_output_embeddings())
     _note(ledger, "lm_head", "head_and_loss", ops.name, head_reason)
@@ -202,6 +232,8 @@ def unpatch_model(model: nn.Module) -> None:
     if STATE not in causal_lm.__dict__:
         return
     for module in causal_lm.modules():
+        if isinstance(module, nn.Embedding):
+            give_back(module)
         if STATE in module.__dict__:
             _uninstall(module)
             if module.__dict__.get("_gradient_checkpointing_func") is _call:

@@ -4,14 +4,15 @@ Legend: B batch, S sequence, T = B·S tokens, D model.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from fastft.engine.bank import AdapterBank, in_bank_order
-from fastft.engine.layer import Saved, backward_layer, forward_layer, pick_rows, spread_rows
+from fastft.engine.layer import backward_layer, forward_layer, pick_rows, spread_rows
 from fastft.engine.offload import HostBuffers, ParkedLayer
 from fastft.engine.parts import LayerCall
+from fastft.engine.saved import Saved
 from fastft.plan import OFFLOADED
 
 if TYPE_CHECKING:
@@ -74,23 +75,24 @@ def backward_run(
     `kept` is emptied from its end, so that a layer's tensors are freed when its backward is done; if this is the `last`
     backward of its forward, they are overwritten, too.
     """
-    context = calls[0].context
-    d_TD: torch.Tensor | None = pick_rows(dy_BSD.reshape(-1, dy_BSD.shape[-1]), context.rows_R)
+    context, shape = calls[0].context, dy_BSD.shape
+    d_TD: list[Any] = [pick_rows(dy_BSD.reshape(-1, shape[-1]), context.rows_R)]
     gradients: list[list[torch.Tensor | None]] = []
     for index in reversed(range(first, len(calls))):
-        assert d_TD is not None
         if index > first and isinstance(kept[-2], ParkedLayer):
             kept[-2].fetch()
         # Popped into the call: nobody else holds them, so the layer can free what it has used.
-        d_TD, of_layer = backward_layer(
-            d_TD, _take(kept), calls[index], needs_dx=needs_dx or index > first, overwrite=last
+        dx_TD, of_layer = backward_layer(
+            d_TD.pop(), _take(kept), calls[index], needs_dx=needs_dx or index > first, overwrite=last
         )
+        d_TD.append(dx_TD)
+        del dx_TD
         slots = zip(in_bank_order(of_layer), in_bank_order(calls[index].parts.adapters), strict=True)
         gradients.append([gradient for gradient, matrix in slots if matrix is not None])
     gradients.extend([None] * len(_matrices(call)) for call in reversed(calls[:first]))
     dx_BSD = None
-    if needs_dx and d_TD is not None:
-        dx_BSD = spread_rows(d_TD, context.rows_R, context.tokens).view(dy_BSD.shape)
+    if needs_dx:
+        dx_BSD = spread_rows(d_TD.pop(), context.rows_R, context.tokens).view(shape)
     return dx_BSD, [gradient for of_layer in reversed(gradients) for gradient in of_layer]
 
 

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from fastft.backends import Backend
+from fastft.engine import optimizer_step
 from fastft.engine.graphs import GraphMode
 from fastft.engine.ledger import Ledger
 from fastft.engine.runtime import Runtime
 from fastft.models.spec import LayerSpec
-from fastft.plan import Policy
+from fastft.plan import Choices, Policy
 
 STATE = "_fastft"
 """The attribute under which a patched module keeps its `ModuleState`."""
@@ -27,6 +28,20 @@ class Placed(NamedTuple):
 
     placement: list[Policy]
     loss_chunk_tokens: int
+    mlp_chunk_tokens: int | None = None
+    resident_layers: int = 0
+    host_embedding: bool = False
+
+    @classmethod
+    def of(cls, choices: Choices) -> "Placed":
+        """The part of a plan's choices that is about memory."""
+        return cls(
+            list(choices.placement),
+            choices.loss_chunk_tokens,
+            choices.mlp_chunk_tokens,
+            choices.resident_layers,
+            choices.host_embedding,
+        )
 
 
 @dataclass
@@ -44,19 +59,31 @@ class EngineSettings:
     choose_placement: Callable[[int, int], Placed] | None = None
     """From (B, S) to the placement, asked when a batch of a new size comes (S is rounded up to a multiple of 64); None
     where the placement is given."""
-    chosen: dict[tuple[int, int], Placed] = field(default_factory=dict)
+    chosen: dict[tuple[int, int, bool], Placed] = field(default_factory=dict)
+    steps_before: int = field(default_factory=optimizer_step.steps)
+    """Optimizer steps before this model was patched."""
     graphs: GraphMode = "auto"
+    mlp_chunk_tokens: int | None = None
+    resident_layers: int = 0
+    """So many layers, the first ones, keep their quantized weights dense as well."""
+    host_embedding: bool = False
+    """Whether the input embedding stays in host memory."""
     runtime: Runtime = field(default_factory=Runtime)
 
     def place(self, batch: int, tokens: int) -> None:
-        """Set the placement for a micro-batch of `batch` rows of `tokens` tokens."""
+        """Set the placement and the chunks for a micro-batch of `batch` rows of `tokens` tokens."""
         if self.choose_placement is None:
             return
-        # Rounded up, so that ragged batches share an answer.
+        # Rounded up, so that ragged batches share an answer.  Asked again once an optimizer has its states: what stands
+        # is then known.
         size = (batch, -(-tokens // _SIZE_STEP) * _SIZE_STEP)
-        if size not in self.chosen:
-            self.chosen[size] = self.choose_placement(*size)
-        self.placement, self.loss_chunk_tokens = self.chosen[size]
+        asked = (*size, optimizer_step.steps() > self.steps_before)
+        if asked not in self.chosen:
+            self.chosen[asked] = self.choose_placement(*size)
+        placed = self.chosen[asked]
+        self.placement, self.loss_chunk_tokens = placed.placement, placed.loss_chunk_tokens
+        self.mlp_chunk_tokens, self.resident_layers = placed.mlp_chunk_tokens, placed.resident_layers
+        self.host_embedding = placed.host_embedding
 
 
 @dataclass

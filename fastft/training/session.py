@@ -150,6 +150,9 @@ def build_session(config: RunConfig, choices: Choices, *, seed: int | None = Non
             placement=choices.placement,
             attention=choices.attention,
             loss_chunk_tokens=choices.loss_chunk_tokens,
+            mlp_chunk_tokens=choices.mlp_chunk_tokens,
+            resident_layers=choices.resident_layers,
+            host_embedding=choices.host_embedding,
             graphs=choices.graphs,
             strict=config.strict,
         )

@@ -3,7 +3,7 @@ import pytest
 from autotune.memory import fit_peaks, layer_costs, predicted_too_large
 from fastft.config import RunConfig
 from fastft.hardware import Device
-from fastft.memory_model import recompute_flops, step_flops
+from fastft.memory.model import recompute_flops, step_flops
 from fastft.models.shapes import SHAPES
 from fastft.plan import Choices, Policy, Trial
 
@@ -65,8 +65,10 @@ def test_measured_uniform_placements_become_costs_a_layer() -> None:
 
 
 def test_a_gpu_is_offered_its_host_s_memory_too() -> None:
-    trials = [trial("full", 4, 10_000_000, times=(36.0,))]
-    found = layer_costs(trials, "eager", 4, shape=SHAPE, config=CONFIG, device=GPU)
+    trials = [trial("full", 4, 10_000_000_000, times=(36.0,))]
+    # Of long sequences; what is small stays on the device.
+    long = CONFIG.model_copy(update={"sequence_tokens": 65536})
+    found = layer_costs(trials, "eager", 4, shape=SHAPE, config=long, device=GPU)
     assert found is not None
     assert set(found.costs) == {"light", "mlp", "full", "offload_mlp", "offload"}
     assert found.costs["offload"].saved_bytes < found.costs["full"].saved_bytes

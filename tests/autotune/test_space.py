@@ -109,3 +109,22 @@ def test_mixed_placements_decide_nothing() -> None:
     )
     assert not skipped("light", 4, mixed)
     assert why_skip(mixed.choices, [trial("full", 1, "out_of_memory")], "quick") is None
+
+
+def test_left_over_memory_and_a_cap_add_what_arithmetic_fits() -> None:
+    shape = SHAPES["llama-3-8b"]
+    quantized = RunConfig(model="llama-3-8b", sequence_tokens=2048, quantization="nf4", dtype="bf16")
+    dense = [c for c in candidates(quantized, shape, GPU, "quick") if c.resident_layers]
+    assert {choices.micro_batch for choices in dense} >= {1, 4}
+    assert all(set(choices.placement) == {"light"} for choices in dense if choices.micro_batch <= 4)
+    capped = candidates(quantized.model_copy(update={"memory_cap": "7.8GiB"}), shape, GPU, "quick")
+    assert any(choices.host_embedding and uniform_policy(choices) is None for choices in capped)
+    plain = RunConfig(model="llama-3-8b", sequence_tokens=2048, dtype="bf16")
+    assert all(uniform_policy(choices) for choices in candidates(plain, shape, GPU, "quick"))
+
+
+def test_what_had_too_little_memory_for_dense_weights_rules_out_nothing_without() -> None:
+    without = Choices(backend="triton", micro_batch=4, accumulation=4, placement=["light"] * SHAPE.layers)
+    dense = without.model_copy(update={"resident_layers": 3})
+    assert why_skip(without, [Trial(choices=dense, verdict="out_of_memory")], "quick") is None
+    assert why_skip(without, [Trial(choices=without, verdict="out_of_memory")], "quick") is not None

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fastft import ledger_of, patch_model, unpatch_model
 from fastft.backends import load_backend
-from fastft.engine.layer import SAVED, backward_layer, forward_layer
+from fastft.engine.layer import backward_layer, forward_layer
 from fastft.engine.parts import LayerCall, StepContext, read_parts
+from fastft.engine.saved import SAVED
 from fastft.kernels.attention.library import Seen, choose_attention
 from fastft.models.shapes import SHAPES
 from fastft.models.spec import SPECS

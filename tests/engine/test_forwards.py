@@ -17,6 +17,7 @@ from fastft.engine import forwards
 from fastft.engine.forwards import without_padding
 from fastft.engine.head import LazyLogitsOutput
 from fastft.engine.runtime import Runtime
+from fastft.models.kv_cache import KV_CACHE
 
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32
 
@@ -429,10 +430,10 @@ def test_attention_weights_equal_stocks(toy, batch_of, step):
 def test_no_cache_in_training_unless_asked_for(toy, batch_of, step, error_of):
     batch = batch_of("none")
     model = toy()
-    assert model(**on_device(model, batch)).past_key_values is not None, "stock builds one"
+    assert model(**on_device(model, batch)).get(KV_CACHE) is not None, "stock builds one"
     loss, gradients = step(model, batch, use_cache=True)
     patch_model(model, backend="eager")
-    assert model(**on_device(model, batch)).past_key_values is None
+    assert model(**on_device(model, batch)).get(KV_CACHE) is None
     fused_loss, fused = step(model, batch, use_cache=True)
     assert ledger_of(model).fallbacks["layers.0"].reason == "a key/value cache is in use"
     assert fused_loss == pytest.approx(loss, rel=1e-5)

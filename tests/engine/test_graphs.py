@@ -202,6 +202,42 @@ def test_ragged_batches_share_a_recording(recorder, toy, batch_of, step, error_o
     assert recorder.replayed == 2 * (len(batches) - WARM_RUNS)
 
 
+def packed(batch: dict[str, Tensor], *lengths: int) -> dict[str, Tensor]:
+    """The batch with documents of these lengths in every row."""
+    positions_S = torch.cat([torch.arange(length) for length in lengths])
+    labels_BS = batch["labels"].clone()
+    labels_BS[:, positions_S == 0] = -100
+    B, S = labels_BS.shape
+    assert len(positions_S) == S
+    return {**batch, "labels": labels_BS, "position_ids": positions_S.expand(B, S).contiguous()}
+
+
+def test_packed_documents_share_a_recording_wherever_they_start(recorder, toy, batch_of, step, error_of):
+    cuts = [(12, 12), (5, 19), (1, 1, 22), (23, 1), (8, 8, 8), (3,) * 8, (24,)]
+    batches = [packed(batch_of("none", S=24, seed=seed), *lengths) for seed, lengths in enumerate(cuts)]
+    model = toy("toy-qwen2")
+    stock = [step(model, batch) for batch in batches]
+    patch_model(model, backend="eager", graphs="on", strict=True)
+    for batch, (loss, gradients) in zip(batches, stock, strict=True):
+        fused_loss, fused = step(model, batch)
+        assert fused_loss == pytest.approx(loss, rel=1e-5)
+        assert error_of(fused, gradients) < 1e-5
+    # Recorded once three came with up to 15 documents; 32 of them, and one a row, came but once.
+    assert recorder.recorded == 2
+    assert recorder.replayed == 2 * 3
+
+
+def test_packed_rows_are_not_filled_up(recorder, toy, batch_of, step, error_of):
+    """What stands behind a row's end would be in the next row's documents."""
+    model = toy()
+    batches = [packed(batch_of("none", S=S, seed=S), S - 7, 7) for S in (24, 24, 24, 31, 31, 31)]
+    stock = [step(model, batch)[1] for batch in batches]
+    patch_model(model, backend="eager", graphs="on")
+    for batch, gradients in zip(batches, stock, strict=True):
+        assert error_of(step(model, batch)[1], gradients) < 1e-5
+    assert recorder.recorded == 2 * 2
+
+
 def test_right_padding_is_recorded_too(recorder, toy, batch_of, step, error_of):
     batches = [batch_of("right", S=tokens, seed=tokens) for tokens in (23, 40, 17, 30)]
     model = toy()
@@ -286,6 +322,24 @@ def test_captured_steps_train_as_plain_ones_do(backend, placement, toy, batch_of
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
         for seed in range(6):
             loss, gradients = step(model, batch_of("none", B=2, S=64, seed=seed))
+            optimizer.step()
+        runs.append((loss, gradients))
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-2)
+    assert error_of(runs[1][1], runs[0][1]) < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_captured_packed_steps_train_as_plain_ones_do(backend, toy, batch_of, step, error_of):
+    """Through flash, which gets empty documents and a longest one that none is as long as."""
+    cuts = [(32, 32), (5, 59), (1, 1, 62), (63, 1), (20, 20, 24), (64,)]
+    runs: list[Any] = []
+    for mode in ("off", "on"):
+        model = toy("toy-qwen2", base={"dtype": torch.bfloat16})
+        patch_model(model, backend=backend, placement="mlp", graphs=mode, attention="flash")
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        for seed, lengths in enumerate(cuts):
+            loss, gradients = step(model, packed(batch_of("none", B=2, S=64, seed=seed), *lengths))
             optimizer.step()
         runs.append((loss, gradients))
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-2)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fastft import ledger_of, patch_model, unpatch_model
 from fastft.adapters.lora import AdaptedLinear
 from fastft.engine import layer as engine_layer
-from fastft.engine.layer import SAVED
+from fastft.engine.saved import SAVED
 from fastft.kernels.lora_linear import reference as lora_kernels
 
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32

@@ -1,21 +1,20 @@
-import itertools
-
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastft.config import RunConfig
 from fastft.hardware import Device
-from fastft.memory_model import (
+from fastft.memory.model import (
+    _GPU_RUNTIME_BYTES,
     MemoryTerms,
-    best_placement_under,
+    dense_layer_bytes,
     estimate_peak_bytes,
     memory_terms,
     recompute_flops,
     step_flops,
 )
 from fastft.models.shapes import SHAPES
-from fastft.plan import POLICIES, Choices, Policy
+from fastft.plan import OFFLOADED, POLICIES, Choices, Policy
 
 SHAPE = SHAPES["toy-llama"]
 GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
@@ -31,9 +30,24 @@ def test_policies_are_ordered_by_what_they_save() -> None:
     for name, shape in SHAPES.items():
         for backend in ("eager", "peft"):
             terms = memory_terms(shape, choices(["light"], backend), RunConfig(), GPU)
-            saved = [terms.saved[policy] for policy in POLICIES]
+            saved = [terms.saved[policy] for policy in POLICIES if policy not in OFFLOADED]
             assert saved == sorted(saved, reverse=True), name
             assert terms.saved["full"] < terms.saved["light"]
+
+
+def test_what_goes_to_the_host_is_large_and_the_rest_stays() -> None:
+    """8,192 tokens of an 8B: of x, q, k, v, attention's output, its statistics and x₂, not of the narrow products."""
+    shape = SHAPES["llama-3-8b"]
+    config = RunConfig(sequence_tokens=2048, dtype="bf16")
+    terms = memory_terms(shape, choices(["light"] * 32, "triton"), config, GPU)
+    assert terms.moved == {"offload": 8192 * 2 * 4096, "offload_mlp": 8192 * (2 * (4 * 4096 + 2 * 1024) + 4 * 32)}
+    for policy, of in OFFLOADED.items():
+        assert terms.saved[policy] == terms.saved[of] - terms.moved[policy]
+        assert 0 < terms.saved[policy] <= 8192 * (2 * 7 * 16 + 8)
+    # The last layer's share is needed again at once, so it stays.
+    assert (
+        terms.peak(["offload"] * 32) >= terms.model + terms.head + 32 * terms.saved["offload"] + terms.moved["offload"]
+    )
 
 
 def test_light_saves_what_the_engine_saves() -> None:
@@ -55,7 +69,8 @@ def test_the_model_part_counts_weights_adapters_and_optimizer() -> None:
     config = RunConfig()
     trainable = SHAPE.lora_parameters(16, SHAPE.spec.targets)
     terms = memory_terms(SHAPE, choices(["light"]), config, GPU)
-    assert terms.model == 2 * SHAPE.parameters + trainable * (4 + 4 + 2 + 8)
+    assert terms.model == 2 * SHAPE.parameters + trainable * (4 + 2 + 8) + _GPU_RUNTIME_BYTES
+    assert terms.gradients == 4 * trainable
     small = memory_terms(SHAPE, choices(["light"]), RunConfig(optimizer="adamw_8bit"), GPU)
     assert 0 < terms.model - small.model < 6 * trainable
 
@@ -85,14 +100,17 @@ def test_a_cpu_pays_for_fp32_and_the_process() -> None:
     assert estimate_peak_bytes(SHAPE, candidate, config) == on_gpu
 
 
-@given(st.sampled_from(POLICIES), st.sampled_from([1, 2, 4, 8]), st.integers(8, 4096))
+# Of a layer that goes to the host, a tensor leaves as soon as it is large enough: one token more may need less.
+@given(st.sampled_from(sorted(set(POLICIES) - set(OFFLOADED))), st.sampled_from([1, 2, 4, 8]), st.integers(8, 4096))
 def test_more_tokens_need_more(policy: Policy, micro_batch: int, tokens: int) -> None:
     def peak(size: int, length: int) -> int:
         config = RunConfig(sequence_tokens=length)
         return estimate_peak_bytes(SHAPE, choices([policy] * 3, micro_batch=size), config, device=GPU)
 
-    assert peak(micro_batch, tokens) < peak(2 * micro_batch, tokens)
-    assert peak(micro_batch, tokens) < peak(micro_batch, tokens + 1)
+    # With very few tokens the adapters' gradients are all that counts.
+    assert peak(micro_batch, tokens) <= peak(micro_batch, tokens + 1) <= peak(2 * micro_batch, tokens)
+    if tokens >= 512:
+        assert peak(micro_batch, tokens) < peak(micro_batch, tokens + 1)
 
 
 def test_the_peak_follows_the_backward() -> None:
@@ -119,35 +137,32 @@ def test_recomputation_counts_flops() -> None:
     assert full < step_flops(SHAPE, 128)
 
 
-@settings(max_examples=40)
-@given(st.floats(0.0, 1.1), st.sampled_from([128, 512]))
-def test_the_best_placement_fits_and_none_that_fits_recomputes_less(share: float, tokens: int) -> None:
-    config = RunConfig(sequence_tokens=tokens)
-    base = choices(["light"] * 3)
-    smallest, largest = (
-        estimate_peak_bytes(SHAPE, choices([policy] * 3), config, device=GPU) for policy in ("full", "light")
-    )  # type: ignore[misc]
-    cap = int(smallest + share * (largest - smallest))
-    found = best_placement_under(cap, SHAPE, base, config, device=GPU)
-    prices = {
-        placement: sum(recompute_flops(SHAPE, policy, tokens) for policy in placement)
-        for placement in itertools.product(("light", "mlp", "full"), repeat=3)
-        if estimate_peak_bytes(SHAPE, choices(list(placement)), config, device=GPU) <= cap
-    }
-    if found is None:
-        assert not prices
-    else:
-        assert prices[tuple(found)] == min(prices.values())
-        order = [POLICIES.index(policy) for policy in found]
-        assert order == sorted(order, reverse=True), "layers that save most come last"
+def test_gradients_pile_up_where_nothing_is_saved() -> None:
+    terms = MemoryTerms(
+        model=100, saved={"offload": 0, "light": 30}, working={"offload": 5, "light": 5}, head=1, gradients=40
+    )  # type: ignore[typeddict-item]
+    assert terms.peak(["offload"] * 4) == 100 + 2 * 40  # joined at the end
+    assert terms.peak(["light"] * 4) == 100 + 4 * 30 + 5
 
 
-def test_nothing_fits_under_a_tiny_cap() -> None:
-    assert best_placement_under(1000, SHAPE, choices(["light"] * 3), RunConfig(), device=GPU) is None
+def test_each_measure_saves_what_it_says() -> None:
+    shape = SHAPES["llama-3-8b"]
+    config = RunConfig(sequence_tokens=2048, quantization="nf4", dtype="bf16", batch_size=4)
+    plain = choices(["offload"] * 32, "triton")
+    peak = estimate_peak_bytes(shape, plain, config, device=GPU)
+
+    def saves(**measure: object) -> int:
+        return peak - estimate_peak_bytes(shape, plain.model_copy(update=measure), config, device=GPU)
+
+    assert saves(host_embedding=True) == shape.vocabulary * shape.hidden * 2
+    assert saves(mlp_chunk_tokens=2048) > 0
+    # A layer more that stays dense costs its weights, and the last one spares the place to dequantize to.
+    assert saves(resident_layers=8) == -8 * dense_layer_bytes(shape, config, GPU)
+    assert saves(resident_layers=32) > -32 * dense_layer_bytes(shape, config, GPU)
 
 
-def test_stock_checkpoints_all_layers_or_none() -> None:
-    config, base = RunConfig(sequence_tokens=512), choices(["light"] * 3, "peft")
-    light = estimate_peak_bytes(SHAPE, base, config, device=GPU)
-    assert best_placement_under(light, SHAPE, base, config, device=GPU) == ["light"] * 3
-    assert best_placement_under(light - 1, SHAPE, base, config, device=GPU) == ["full"] * 3
+def test_a_tile_as_large_as_the_whole_changes_nothing() -> None:
+    config = RunConfig(sequence_tokens=512)
+    whole = choices(["mlp"] * 3, "triton")
+    tiled = whole.model_copy(update={"mlp_chunk_tokens": 4096})
+    assert estimate_peak_bytes(SHAPE, tiled, config) == estimate_peak_bytes(SHAPE, whole, config)

@@ -1,0 +1,6 @@
+"""How much memory a training step needs, and what to give up so that it fits: arithmetic, without torch.
+
+layer.py    what one decoder layer saves, and what its backward needs
+model.py    a whole step's peak
+fitting.py  the choices that fit a cap and do the least extra work
+"""

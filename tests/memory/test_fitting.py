@@ -1,0 +1,121 @@
+"""What fits a cap, and does the least extra work."""
+
+import itertools
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastft.config import RunConfig
+from fastft.hardware import Device
+from fastft.memory.fitting import SMALL_LOSS_CHUNK, best_placement_under, fit, smallest
+from fastft.memory.model import dense_layer_bytes, estimate_peak_bytes, recompute_flops
+from fastft.models.shapes import SHAPES
+from fastft.plan import POLICIES, Choices, Policy
+
+SHAPE = SHAPES["toy-llama"]
+LARGE = SHAPES["llama-3-8b"]
+GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
+CPU = Device("cpu", "C", None, None, 2**35, 2)
+GIB = 2**30
+
+
+def choices(placement: list[Policy], backend: str = "eager", micro_batch: int = 4) -> Choices:
+    return Choices(backend=backend, micro_batch=micro_batch, accumulation=16 // micro_batch, placement=placement)
+
+
+def large_run(**more: object) -> RunConfig:
+    settings = {"sequence_tokens": 2048, "dtype": "bf16", "optimizer": "adamw_8bit", "batch_size": 16}
+    return RunConfig.of({**settings, **more})
+
+
+@settings(max_examples=40)
+@given(st.floats(0.0, 1.1), st.sampled_from([128, 512]))
+def test_the_best_placement_fits_and_none_that_fits_recomputes_less(share: float, tokens: int) -> None:
+    config = RunConfig(sequence_tokens=tokens)
+    base = choices(["light"] * 3)
+    smallest, largest = (
+        estimate_peak_bytes(SHAPE, choices([policy] * 3), config, device=GPU) for policy in ("full", "light")
+    )  # type: ignore[misc]
+    cap = int(smallest + share * (largest - smallest))
+    found = best_placement_under(cap, SHAPE, base, config, device=GPU)
+    prices = {
+        placement: sum(recompute_flops(SHAPE, policy, tokens) for policy in placement)
+        for placement in itertools.product(("light", "mlp", "full"), repeat=3)
+        if estimate_peak_bytes(SHAPE, choices(list(placement)), config, device=GPU) <= cap
+    }
+    if found is None:
+        assert not prices
+    else:
+        assert prices[tuple(found)] == min(prices.values())
+        order = [POLICIES.index(policy) for policy in found]
+        assert order == sorted(order, reverse=True), "layers that save most come last"
+
+
+def test_nothing_fits_under_a_tiny_cap() -> None:
+    assert best_placement_under(1000, SHAPE, choices(["light"] * 3), RunConfig(), device=GPU) is None
+
+
+def test_stock_checkpoints_all_layers_or_none() -> None:
+    config, base = RunConfig(sequence_tokens=512), choices(["light"] * 3, "peft")
+    light = estimate_peak_bytes(SHAPE, base, config, device=GPU)
+    assert best_placement_under(light, SHAPE, base, config, device=GPU) == ["light"] * 3
+    assert best_placement_under(light - 1, SHAPE, base, config, device=GPU) == ["full"] * 3
+
+
+QLORA = large_run(quantization="nf4")
+LIGHT = choices(["light"] * 32, "triton")
+
+
+@settings(max_examples=20)
+@given(st.floats(5.0, 120.0))
+def test_what_fits_is_predicted_to_and_more_memory_is_never_slower(cap: float) -> None:
+    fitted = fit(int(cap * GIB), LARGE, LIGHT, QLORA, device=GPU)
+    least = estimate_peak_bytes(LARGE, smallest(LARGE, LIGHT, QLORA, device=GPU), QLORA, device=GPU)
+    if fitted is None:
+        assert least > cap * GIB
+        return
+    assert estimate_peak_bytes(LARGE, fitted.choices, QLORA, device=GPU) <= cap * GIB
+    roomier = fit(int((cap + 1) * GIB), LARGE, LIGHT, QLORA, device=GPU)
+    assert roomier is not None
+    assert roomier.extra_flops <= fitted.extra_flops
+
+
+def test_memory_that_is_left_over_keeps_weights_dense() -> None:
+    assert fit(139 * GIB, LARGE, LIGHT, QLORA, device=GPU).choices.resident_layers == 32  # type: ignore[union-attr]
+    light = estimate_peak_bytes(LARGE, LIGHT, QLORA, device=GPU)
+    layer = dense_layer_bytes(LARGE, QLORA, GPU)
+    assert fit(light + 3 * layer, LARGE, LIGHT, QLORA, device=GPU).choices.resident_layers == 3  # type: ignore[union-attr]
+    assert fit(139 * GIB, LARGE, LIGHT, large_run(), device=GPU).choices.resident_layers == 0  # type: ignore[union-attr]
+
+
+def test_nothing_is_given_up_that_need_not_be() -> None:
+    fitted = fit(139 * GIB, LARGE, LIGHT, large_run(), device=GPU)
+    assert fitted is not None
+    assert fitted.choices == LIGHT
+    assert fitted.extra_flops == 0
+
+
+def test_a_tight_cap_takes_everything() -> None:
+    least = smallest(LARGE, LIGHT, QLORA, device=GPU)
+    assert set(least.placement) == {"offload"}
+    assert least.host_embedding
+    assert least.loss_chunk_tokens == SMALL_LOSS_CHUNK
+    assert least.mlp_chunk_tokens is not None
+    assert least.resident_layers == 0
+
+
+def test_a_tied_embedding_and_a_cpu_keep_it_where_it_is() -> None:
+    tied = SHAPES["qwen2-1.5b"]
+    assert tied.tied_embeddings
+    assert not smallest(tied, choices(["light"] * 28, "triton"), QLORA, device=GPU).host_embedding
+    on_cpu = smallest(LARGE, choices(["light"] * 32), large_run(dtype="fp32"), device=CPU)
+    assert not on_cpu.host_embedding
+    assert set(on_cpu.placement) == {"full"}
+
+
+def test_a_placement_that_is_given_stays() -> None:
+    config = large_run(quantization="nf4", placement="mlp")
+    fitted = fit(20 * GIB, LARGE, LIGHT, config, device=GPU)
+    assert fitted is not None
+    assert set(fitted.choices.placement) == {"mlp"}
+    assert fit(6 * GIB, LARGE, LIGHT, config, device=GPU) is None
