@@ -24,7 +24,7 @@ from fastft.errors import ConfigError, FastftError, ModelError, unknown_choice
 from fastft.hardware import Device, detect_device
 from fastft.memory.fitting import fit, smallest
 from fastft.memory.model import memory_terms
-from fastft.models.loading import DTYPES, load_model, load_tokenizer, resolve_model, torch_dtype
+from fastft.models.loading import DTYPES, QUANTIZATIONS, load_model, load_tokenizer, resolve_model, torch_dtype
 from fastft.models.shapes import ModelShape
 from fastft.models.spec import SPECS
 from fastft.plan import POLICIES, Choices, Plan, Policy, keeps_input_only
@@ -98,6 +98,9 @@ class FastLanguageModel:
             strict=strict or None,
         )
         resolved = resolve_model(model_name, offline=local_files_only, trust_remote_code=trust_remote_code)
+        if resolved.quantization in QUANTIZATIONS:
+            # Weights that are stored quantized stay so: plans and estimates are for what they are.
+            config = config.model_copy(update={"quantization": resolved.quantization})
         tokenizer = load_tokenizer(resolved, offline=local_files_only, trust_remote_code=trust_remote_code)
         model = load_model(
             resolved,
@@ -364,6 +367,6 @@ class _AutoPlacement:
         model = self._model()
         if self._now is None or model is None or self._device.kind != "cuda" or optimizer_step.steps() == self._steps:
             return 0
-        gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p.grad is None)
-        predicted = memory_terms(self._shape, self._now, config, self._device).model - gradients
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        predicted = memory_terms(self._shape, self._now, config, self._device).model + gradients
         return torch.cuda.memory_allocated() - predicted

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import fastft
 from fastft import FastLanguageModel, ledger_of, patch_hf_training, patch_model, unpatch_model
 from fastft.config import RunConfig
 from fastft.engine.patch import placement_of
+from fastft.engine.state import state_of
 from fastft.errors import BackendError, ConfigError, FastftError, ModelError, PlanError
 from fastft.hardware import detect_device
 from fastft.models.shapes import SHAPES
@@ -210,6 +212,39 @@ def test_without_a_plan_the_placement_follows_the_batch_and_the_cap(caplog):
         gradients_of(tight)
     assert placement_of(tight) == ["full"] * 3
     assert "nothing is predicted to fit" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "dense", "policy"), [(False, 3, "light"), ("auto", 3, "light"), (True, 0, "full")]
+)
+def test_quantized_weights_stay_dense_where_memory_allows_unless_it_is_to_be_spared(checkpointing, dense, policy):
+    pytest.importorskip("bitsandbytes")
+    model = FastLanguageModel.get_peft_model(load(load_in_4bit=True), r=2, use_gradient_checkpointing=checkpointing)
+    assert_equals_stock(model)
+    settings = state_of(model.get_base_model()).settings
+    assert settings.resident_layers == dense
+    assert placement_of(model) == [policy] * 3
+
+
+def test_a_cap_without_room_keeps_none_dense(caplog):
+    pytest.importorskip("bitsandbytes")
+    tight = load(load_in_4bit=True, memory_cap=1_000_000)
+    model = FastLanguageModel.get_peft_model(tight, r=2, use_gradient_checkpointing=False)
+    gradients_of(model)
+    assert state_of(model.get_base_model()).settings.resident_layers == 0
+    assert placement_of(model) == ["light"] * 3, "what was asked for"
+
+
+def test_weights_that_are_stored_quantized_are_planned_as_such(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    load("tiny", load_in_4bit=True).save_pretrained(tmp_path)
+    for file in (Path(fastft.__file__).parent / "models" / "tiny").glob("*tokenizer*"):
+        shutil.copy(file, tmp_path)
+    model = load(str(tmp_path), load_in_4bit=False)
+    assert model.__dict__[fastft.api._REQUEST][0].quantization == "nf4"
+    adapted = FastLanguageModel.get_peft_model(model, r=2)
+    gradients_of(adapted)
+    assert state_of(adapted.get_base_model()).settings.resident_layers == adapted.config.num_hidden_layers
 
 
 def test_the_stock_backend_is_stock():

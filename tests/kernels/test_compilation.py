@@ -42,7 +42,7 @@ def cross_entropy(scale: bool, softcap: bool, lse: bool) -> list[tuple[str, Argu
         ("cross_entropy._cross_entropy_kernel", {
             "logits_ptr": "*fp16" if lse else HALF, "targets_ptr": TARGETS, "scale_ptr": WIDE if scale else None,
             "lse_ptr": WIDE if lse else None, "loss_ptr": WIDE, "divisor_ptr": WIDE if scale else None,
-            "multiplier": NUMBER, "softcap": NUMBER if softcap else None, "BLOCK_V": 4096, "STAGES": 3,
+            "multiplier": NUMBER, "softcap": NUMBER if softcap else None, "BLOCK_V": 4096,
         })
     ]  # fmt: skip
 

@@ -24,9 +24,6 @@ WARPS = 8
 """Of a program whose block is BLOCK_V wide; a narrower one has fewer in proportion.  16 elements a thread need 64
 registers, so a multiprocessor holds four programs: while one waits for its maximum, the others load and store."""
 
-STAGES = 3
-"""Of the pipeline that loads blocks ahead."""
-
 _MIN_BLOCK_V = 32  # one warp's threads
 _NEIGHBOURS = tl.constexpr(4)
 """Lanes that share a running sum: one thread holds them, so it costs no exchange and saves registers."""
@@ -74,7 +71,7 @@ def _multiply_(row_ptr, lane_offsets_V, block_stride, blocks, factor):
 @triton.jit
 def _cross_entropy_kernel(
     logits_ptr, targets_ptr, scale_ptr, lse_ptr, loss_ptr, divisor_ptr, V, logits_stride_N, logits_stride_V,
-    multiplier, softcap, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    multiplier, softcap, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """`lse_ptr`: log-sum-exp of the rows.  Without a scale it is written; with one it is the level to begin at, from
     which no row rises."""
@@ -102,11 +99,14 @@ def _cross_entropy_kernel(
     # Of all but the target: that is what 1 − p is made of, and of a confident p it would be lost in rounding.
     # Summed over lanes only at the end.
     rest_R = tl.zeros((BLOCK_V // _NEIGHBOURS,), tl.float32)
-    # Blocks are loaded ahead of the maximum that each waits for; none is written before it is read.
-    for start in tl.range(0, V, BLOCK_V, num_stages=STAGES):
-        block_ptr = row_ptr + (start // BLOCK_V) * block_stride
+    block_ptr = row_ptr
+    ahead_V = tl.load(block_ptr + lane_offsets_V, mask=lanes_V < V, other=float("-inf"))
+    for start in range(0, V, BLOCK_V):
         mask_V = lanes_V < V - start
-        logits_V = tl.load(block_ptr + lane_offsets_V, mask=mask_V, other=float("-inf")).to(tl.float32)
+        logits_V = ahead_V.to(tl.float32)
+        # The next block, so that its load need not wait for this one's maximum; nobody has written there yet.
+        after_V = lanes_V < V - start - BLOCK_V
+        ahead_V = tl.load(block_ptr + block_stride + lane_offsets_V, mask=after_V, other=float("-inf"))
         z_V = _transformed(logits_V, mask_V, multiplier, softcap)
         block_maximum = tl.max(z_V, axis=0)
         maximum = tl.maximum(maximum, block_maximum)
@@ -117,11 +117,14 @@ def _cross_entropy_kernel(
                 _multiply_(row_ptr, lane_offsets_V, block_stride, start // BLOCK_V, factor)
             level = block_maximum
         exp_V = tl.exp(z_V - level)
-        others_V = tl.where(lanes_V == target_column - start, 0.0, exp_V)
+        others_V = exp_V
+        if (target_column >= start) & (target_column < start + BLOCK_V):
+            others_V = tl.where(lanes_V == target_column - start, 0.0, exp_V)
         rest_R += tl.sum(tl.reshape(others_V, (BLOCK_V // _NEIGHBOURS, _NEIGHBOURS)), axis=1)
         if scale_ptr is not None:
             gradient_V = exp_V * (_slope(z_V, multiplier, softcap) * scale)
             tl.store(block_ptr + lane_offsets_V, gradient_V, mask=mask_V)
+        block_ptr += block_stride
 
     rest = tl.sum(rest_R, axis=0)
     total = rest + tl.exp(target_z - level)
@@ -170,5 +173,5 @@ def _launch(
     with device_guard(logits_NV):
         _cross_entropy_kernel[(N,)](
             logits_NV, targets_N.contiguous(), scale_1, lse_N, loss_N, divisor_N, V, *logits_NV.stride(),
-            *transform, BLOCK_V=block, STAGES=STAGES, num_warps=max(1, WARPS * block // BLOCK_V),
+            *transform, BLOCK_V=block, num_warps=max(1, WARPS * block // BLOCK_V),
         )  # fmt: skip
