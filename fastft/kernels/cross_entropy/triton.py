@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels.cross_entropy import LogitTransform
+from fastft.kernels.cross_entropy import LogitTransform, reference
 from fastft.kernels.cross_entropy.reference import scale_tensor
 from fastft.kernels.launch import device_guard, next_power_of_2
 
@@ -42,20 +42,20 @@ def _tanh(x):
 
 
 @triton.jit
-def _transformed(logits, mask, multiplier, softcap):
-    """z, what the softmax is taken of; −∞ outside the row."""
-    z = logits * multiplier
+def _capped(logits, mask, multiplier, softcap):
+    """What the softmax is taken of, in units of the multiplier where there is no soft-cap; −∞ outside the row."""
+    capped = logits
     if softcap is not None:
-        z = tl.where(mask, softcap * _tanh(z / softcap), float("-inf"))
-    return z
+        capped = tl.where(mask, softcap * _tanh(logits * multiplier / softcap), float("-inf"))
+    return capped
 
 
 @triton.jit
-def _slope(z, multiplier, softcap):
-    """dz / dlogits."""
-    slope = multiplier
+def _slope(capped, multiplier, softcap):
+    """How that changes with the logits."""
+    slope = 1.0
     if softcap is not None:
-        slope = multiplier * (1.0 - (z / softcap) * (z / softcap))
+        slope = multiplier * (1.0 - (capped / softcap) * (capped / softcap))
     return slope
 
 
@@ -86,16 +86,20 @@ def _cross_entropy_kernel(
     target_exists = (target >= 0) & (target < V)
     target_ptr = row_ptr + target * logits_stride_V
     target_logit = tl.load(target_ptr, mask=target_exists, other=float("nan")).to(tl.float32)
-    target_z = _transformed(target_logit, True, multiplier, softcap)
+    target_capped = _capped(target_logit, True, multiplier, softcap)
     target_column = target.to(tl.int32)
     tl.debug_barrier()  # every thread has read it before one writes there
 
+    # The multiplier is left out of everything that is done for each element.
+    unit = multiplier
+    if softcap is not None:
+        unit = 1.0
+    to_base_2 = unit * 1.4426950408889634
+    limit = _LIMIT / unit
     maximum = tl.full((), _LOWEST, tl.float32)
     level = maximum
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr)
-        if lse_ptr is not None:
-            level = tl.load(lse_ptr + row)
+    if scale_ptr is not None and lse_ptr is not None:
+        level = tl.load(lse_ptr + row) / unit
     # Of all but the target: that is what 1 − p is made of, and of a confident p it would be lost in rounding.
     # Summed over lanes only at the end.
     rest_R = tl.zeros((BLOCK_V // _NEIGHBOURS,), tl.float32)
@@ -107,36 +111,39 @@ def _cross_entropy_kernel(
         # The next block, so that its load need not wait for this one's maximum; nobody has written there yet.
         after_V = lanes_V < V - start - BLOCK_V
         ahead_V = tl.load(block_ptr + block_stride + lane_offsets_V, mask=after_V, other=float("-inf"))
-        z_V = _transformed(logits_V, mask_V, multiplier, softcap)
-        block_maximum = tl.max(z_V, axis=0)
+        capped_V = _capped(logits_V, mask_V, multiplier, softcap)
+        block_maximum = tl.max(capped_V, axis=0)
         maximum = tl.maximum(maximum, block_maximum)
-        if block_maximum > level + _LIMIT:
-            factor = tl.exp(level - block_maximum)
+        if block_maximum > level + limit:
+            factor = tl.exp2((level - block_maximum) * to_base_2)
             rest_R *= factor
             if scale_ptr is not None:
                 _multiply_(row_ptr, lane_offsets_V, block_stride, start // BLOCK_V, factor)
             level = block_maximum
-        exp_V = tl.exp(z_V - level)
+        exp_V = tl.exp2((capped_V - level) * to_base_2)
         others_V = exp_V
         if (target_column >= start) & (target_column < start + BLOCK_V):
             others_V = tl.where(lanes_V == target_column - start, 0.0, exp_V)
         rest_R += tl.sum(tl.reshape(others_V, (BLOCK_V // _NEIGHBOURS, _NEIGHBOURS)), axis=1)
         if scale_ptr is not None:
-            gradient_V = exp_V * (_slope(z_V, multiplier, softcap) * scale)
-            tl.store(block_ptr + lane_offsets_V, gradient_V, mask=mask_V)
+            tl.store(block_ptr + lane_offsets_V, exp_V * _slope(capped_V, multiplier, softcap), mask=mask_V)
         block_ptr += block_stride
 
     rest = tl.sum(rest_R, axis=0)
-    total = rest + tl.exp(target_z - level)
+    total = rest + tl.exp2((target_capped - level) * to_base_2)
     # From the maximum, so that the logarithm, like what is taken from it, is small where the loss is.
-    log_total = tl.log(total * tl.exp(level - maximum))
-    tl.store(loss_ptr + row, log_total - (target_z - maximum))
+    log_total = tl.log(total * tl.exp2((level - maximum) * to_base_2))
+    tl.store(loss_ptr + row, log_total - (target_capped - maximum) * unit)
     if scale_ptr is not None:
-        tl.store(divisor_ptr + row, total)
+        # What is the same for a whole row is left to the divisor.
+        scale = tl.load(scale_ptr)
+        if softcap is None:
+            scale *= multiplier
+        tl.store(divisor_ptr + row, total / scale)
         tl.debug_barrier()  # another thread may have written the target's element with its block
-        tl.store(target_ptr, -rest * _slope(target_z, multiplier, softcap) * scale, mask=target_exists)
+        tl.store(target_ptr, -rest * _slope(target_capped, multiplier, softcap), mask=target_exists)
     elif lse_ptr is not None:
-        tl.store(lse_ptr + row, maximum + log_total)
+        tl.store(lse_ptr + row, maximum * unit + log_total)
 
 
 def cross_entropy_(
@@ -149,6 +156,8 @@ def cross_entropy_(
 
     A target outside the vocabulary gives a NaN loss and divisor.
     """
+    if transform.multiplier <= 0:  # then the largest logit is not the likeliest
+        return reference.cross_entropy_(logits_NV, targets_N, scale, transform)
     loss_N = torch.empty(logits_NV.shape[:1], dtype=torch.float32, device=logits_NV.device)
     if scale is None:
         _launch(logits_NV, targets_N, None, None, loss_N, None, transform)
