@@ -86,7 +86,7 @@ def test_loss_and_gradient_against_fp64(N, V, dtype, device, kernels, assert_acc
     compare_gradient(assert_accurate, (logits_NV, divisor_N), before_NV, targets_N)
 
 
-@pytest.mark.parametrize("transform", [(1 / 16, None), (1.0, 30.0), (1.0, 2.0), (0.25, 5.0)], ids=str)
+@pytest.mark.parametrize("transform", [(1 / 16, None), (-0.5, None), (1.0, 30.0), (1.0, 2.0), (0.25, 5.0)], ids=str)
 @pytest.mark.parametrize(("N", "V"), [(63, 100), (31, 20011)])
 def test_transformed_logits_against_fp64(N, V, transform, dtype, device, kernels, assert_accurate):
     transform = LogitTransform(*transform)
