@@ -6,11 +6,13 @@ A model of a known family (`fastft.models.spec`) runs layer by layer:
     runtime.py   gathers the layers of one forward into runs, and remembers what it read of them
     parts.py     what is read of a layer, and what a forward tells it
     layer.py     one decoder layer: forward, backward, and what each policy saves
+    saved.py     the intermediates of a layer, by policy;  tiles.py  its MLP over some rows at a time
     runs.py      layers one after the other
     stack.py     a run as one autograd function
     bank.py      all adapters in one buffer;  optimizer_step.py  updates them at once
     graphs.py    CUDA graphs of a run
-    offload.py   what waits for its backward in host memory
+    offload.py   what waits for its backward in host memory;  host_embedding.py  the embedding there
+    resident.py  dense copies of quantized weights
     watch.py     notices cheaply that a layer is no longer what was read
 
 Any other model, and a layer that cannot run as a whole, runs part by part:

@@ -1,0 +1,55 @@
+"""The memory model against peaks that were measured on an H200 (reports/published): 69 plans of two shapes.
+
+The lines are what a plain loop of three steps allocated at most, first step left out: bf16, rank 16 on all seven
+linears, bitsandbytes' 8-bit AdamW, no CUDA graphs.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastft.config import RunConfig
+from fastft.hardware import Device
+from fastft.memory.model import estimate_peak_bytes
+from fastft.models.shapes import SHAPES
+from fastft.plan import Choices
+
+H200 = Device("cuda", "NVIDIA H200", "9.0", 132, 140 * 2**30, 16)
+PUBLISHED = Path(__file__).parents[2] / "reports" / "published" / "2026-11-25-h200" / "peaks.jsonl"
+LINES = [json.loads(line) for line in PUBLISHED.read_text(encoding="utf-8").splitlines()]
+NAMES = {"8b": "llama-3-8b", "1.5b": "qwen2-1.5b"}
+MEASURES = ("loss_chunk_tokens", "mlp_chunk_tokens", "resident_layers", "host_embedding")
+
+
+def name_of(line: dict[str, Any]) -> str:
+    placement = line["placement"] if isinstance(line["placement"], str) else "mixed"
+    measures = [f"{name}={line[name]}" for name in MEASURES if name in line]
+    return "-".join([line["model"], line["quant"], f"{line['B']}x{line['S']}", placement, *measures])
+
+
+@pytest.mark.parametrize("line", LINES, ids=name_of)
+def test_predicted_within_5_percent_and_never_2_under(line: dict[str, Any]) -> None:
+    shape, placement = SHAPES[NAMES[line["model"]]], line["placement"]
+    choices = Choices(
+        backend="triton",
+        micro_batch=line["B"],
+        accumulation=1,
+        placement=[placement] * shape.layers if isinstance(placement, str) else placement,
+        **{name: line[name] for name in MEASURES if name in line},
+    )
+    config = RunConfig(
+        sequence_tokens=line["S"],
+        batch_size=line["B"],
+        quantization="none" if line["quant"] == "bf16" else line["quant"],
+        dtype="bf16",
+        optimizer="adamw_8bit",
+    )
+    predicted = estimate_peak_bytes(shape, choices, config, device=H200)
+    assert 0.98 * line["peak"] <= predicted <= 1.05 * line["peak"]
+
+
+def test_the_lines_are_many_and_different() -> None:
+    assert len(LINES) >= 24
+    assert len({name_of(line) for line in LINES if line["placement"] != "mixed"}) > 50
