@@ -20,7 +20,6 @@ from fastft.engine.bank import AdapterBank
 from fastft.engine.offload import HostBuffers
 from fastft.engine.parts import LayerCall, LayerParts, StepContext
 from fastft.engine.runs import Kept, Run, backward_run, forward_run
-from fastft.kernels.launch import next_power_of_2
 
 log = logging.getLogger("fastft")
 
@@ -31,8 +30,8 @@ WARM_RUNS = 2
 """How often a run comes before it is recorded: kernels are compiled and libraries have chosen theirs by then."""
 TOKEN_STEP = 64
 """Rows are filled up to a multiple of this: what is bound by its launches does not notice, and few recordings do."""
-_FEWEST_PLACES = 16
-"""Packed documents are counted in powers of two from here: batches with about as many share a recording."""
+_FEWEST_PLACES = 64
+"""Of packed documents, in powers of four from here: an empty one costs less than another recording."""
 MOST_RECORDINGS = 32
 """Shapes that come later than these run without."""
 LAYER_FLOPS = 4e12
@@ -234,7 +233,10 @@ def _own(context: StepContext, tokens: int, most: int) -> StepContext:
 
 def _places(documents: torch.Tensor) -> int:
     """How many entries a recording for `documents` has."""
-    return max(_FEWEST_PLACES, next_power_of_2(len(documents)))
+    places = _FEWEST_PLACES
+    while places < len(documents):
+        places *= 4
+    return places
 
 
 def _fill_documents(own: StepContext, documents: torch.Tensor) -> None:

@@ -184,7 +184,7 @@ def test_one_update_for_all_equals_one_each(kind, toy, batch_of, monkeypatch):
 def test_a_loaded_state_goes_on_as_it_would_have(toy, batch_of):
     batches = [batch_of("none", seed=seed) for seed in range(4)]
     model = toy("toy-qwen2")
-    patch_model(model, backend="eager")
+    patch_model(model, backend="eager", graphs="off")  # a recording has longer rows, and other roundings
     optimizer = OPTIMIZERS["8 bit"](list(adapters_of(model).values()))
     train(model, optimizer, batches[:2])
     twin = copy.deepcopy(model)

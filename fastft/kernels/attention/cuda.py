@@ -114,12 +114,18 @@ def cudnn_usable(q: torch.Tensor, seen: Seen) -> bool:
     )
 
 
+def _dense_heads_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(B, H, S, d), over memory in the order of (B, S, H, d).  On views of one packed tensor, with rows that are no
+    multiple of a tile, the kernel was seen to give other numbers than on copies of them (torch 2.11, H200)."""
+    return heads_first(*(t.contiguous() for t in tensors))
+
+
 def cudnn_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scale: float
 ) -> tuple[torch.Tensor, Saved]:
     """See `fastft.kernels.attention.library.Attention`."""
     out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_cudnn_attention(
-        *heads_first(q, k, v), None, True, 0.0, True, False, scale=scale
+        *_dense_heads_first(q, k, v), None, True, 0.0, True, False, scale=scale
     )
     return out.transpose(1, 2), (lse, seed, offset)
 
@@ -132,7 +138,7 @@ def cudnn_backward(
     S = q.shape[1]
     dq, dk, dv = heads_first(
         *_aten._scaled_dot_product_cudnn_attention_backward(
-            *heads_first(dout, q, k, v, out), *saved, None, None, None, S, S, 0.0, True, scale=scale
+            *_dense_heads_first(dout, q, k, v, out), *saved, None, None, None, S, S, 0.0, True, scale=scale
         )
     )
     return dq, dk, dv
