@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bench.arms import ARMS
 from fastft.models import shapes
 from fastft.plan import Plan
 from fastft.plan_store import PlanStore
@@ -19,7 +20,7 @@ Cli = Callable[..., Any]
 ROW = '{"instruction": "1 + 1", "output": "#### 2"}\n'
 GPT2 = json.dumps({"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "n_head": 2, "vocab_size": 32})
 SHAPES = ", ".join(sorted([*shapes.SHAPES, "tiny"]))
-SCENARIOS = "embedded, embedded-quick, llama-3-8b, qwen2-1.5b, qwen2-1.5b-small-batch"
+SCENARIOS = "embedded, embedded-quick, llama-3-8b, llama-3-8b-memory, qwen2-1.5b, qwen2-1.5b-small-batch"
 FORMATS = (
     '{"instruction": …, "input": … (optional), "output": …}, {"messages": [{"role": …, "content": …}]}, '
     '{"conversations": [{"from": …, "value": …}]}, {"question": …, "answer": …}'
@@ -168,7 +169,7 @@ CASES = {
     ),
     "unknown arm": Case(
         "bench embedded --arms peft,eagr", 2,
-        "arm is unknown; got eagr; allowed: eager, peft, peft+checkpointing, triton; fix: did you mean 'eager'?",
+        f"arm is unknown; got eagr; allowed: {', '.join(sorted(ARMS))}; fix: did you mean 'eager'?",
     ),
     "arm that cannot run": Case(
         "bench embedded --arms peft,triton --device cpu", 5, "backend triton needs a CUDA GPU; got device {cpu}; "
