@@ -154,6 +154,7 @@ def build_session(config: RunConfig, choices: Choices, *, seed: int | None = Non
             resident_layers=choices.resident_layers,
             host_embedding=choices.host_embedding,
             graphs=choices.graphs,
+            kernels=choices.kernels,
             strict=config.strict,
         )
     tokenizer = load_tokenizer(resolved, offline=config.offline, trust_remote_code=config.trust_remote_code)

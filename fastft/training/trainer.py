@@ -203,6 +203,15 @@ def _trainer(
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_atomically(folder / RUN_FILE, canonical_json(about) + "\n")
 
+    parameters = session.model.num_parameters(exclude_embeddings=True)
+
+    class Loop(transformers.Trainer):
+        """Counts the model's parameters once: at every step it costs the host as much as launching a small one."""
+
+        def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+            count: int = 6 * inputs["input_ids"].numel() * parameters
+            return count
+
     arguments = transformers.TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=choices.micro_batch,
@@ -229,7 +238,7 @@ def _trainer(
         disable_tqdm=not sys.stderr.isatty(),
         label_names=["labels"],
     )
-    return transformers.Trainer(
+    return Loop(
         model=session.model,
         args=arguments,
         train_dataset=samples,
