@@ -283,7 +283,7 @@ def _put_backend_in(
     more: dict[str, Any] = {}
     if plan is not None:
         names = ("attention", "loss_chunk_tokens", "mlp_chunk_tokens", "resident_layers", "host_embedding", "graphs")
-        more = {name: getattr(plan.choices, name) for name in names}
+        more = {name: getattr(plan.choices, name) for name in (*names, "kernels")}
     elif isinstance(placement, str) and (config.memory_cap is not None or config.quantization != "none"):
         # Who checkpoints wants memory, not dense copies of quantized weights.
         given = config.model_copy(update={"placement": placement})
@@ -328,6 +328,8 @@ class _AutoPlacement:
 
     # What is left to the allocator's rounding and to other users of the device.
     HEADROOM = 0.92
+    # By how much a prediction may be under (docs/log.md, 2026-11-25).
+    EXACT = 0.988
 
     def __init__(
         self, model: nn.Module, config: RunConfig, shape: ModelShape, device: Device, backend: str, *, residents: bool
@@ -336,7 +338,7 @@ class _AutoPlacement:
         self._config, self._shape, self._device, self._backend = config, shape, device, backend
         self._residents = residents
         cap = config.memory_cap
-        self._cap = parse_bytes(cap) if cap is not None else int(device.memory_bytes * self.HEADROOM)
+        self._cap = int(parse_bytes(cap) * self.EXACT if cap is not None else device.memory_bytes * self.HEADROOM)
         self._now: Choices | None = None
         self._steps = optimizer_step.steps()
 
