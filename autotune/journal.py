@@ -72,7 +72,8 @@ class Journal:
 
     def _lines(self) -> list[str]:
         try:
-            return self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            # Not `splitlines`: JSON leaves letters as they are that end a line for it, as U+2028.
+            return self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         except OSError:
             return []
 

@@ -1,4 +1,4 @@
-"""Running a probe in a spawned process, so that nothing it does can hurt the tuner.
+"""Running a probe, or another worker, in a spawned process, so that nothing it does can hurt the tuner.
 
 A crash, a hang and garbage on stdout are verdicts too.  The process has its own session: ending it ends its
 children.  It inherits the environment, the allocator's settings included, so that it is measured as it will run.
@@ -14,7 +14,7 @@ import tempfile
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from pydantic import ValidationError
 
@@ -41,45 +41,75 @@ def run_probe(
         The trial that the process printed, or one with verdict `failed` or `timeout` and the last lines of its
         stderr.
     """
-    # Files, not pipes: a grandchild that outlives the probe would hold a pipe open, and reading it would hang.
+    ended = run_worker(request.model_dump_json(), command, MARKER, timeout_seconds, what="the probe")
+    if ended.timed_out:
+        return Trial(choices=request.choices, verdict="timeout", detail=ended.detail)
+    if not (ended.answers and ended.code == 0):
+        return Trial(choices=request.choices, verdict="failed", detail=ended.detail)
+    try:
+        trial = Trial.model_validate_json(ended.answers[-1])
+        if trial.choices == request.choices:
+            return trial.model_copy(update={"detail": printable(trial.detail)})
+        reason = "the probe answered for other choices"
+    except ValidationError as error:
+        reason = f"the probe's answer is no trial: {error.errors()[0]['msg']}"
+    return Trial(choices=request.choices, verdict="failed", detail=f"{reason}\n{ended.last_words}".strip())
+
+
+class Ended(NamedTuple):
+    """How a worker process ended."""
+
+    answers: list[str]
+    """What it printed behind its marker, line by line."""
+    code: int | None
+    """Its exit code, negative for a signal; None where it did not start or did not end in time."""
+    timed_out: bool
+    reason: str
+    last_words: str
+    """The end of its stderr."""
+
+    @property
+    def detail(self) -> str:
+        """Why it gave no (more) answers."""
+        return f"{self.reason}\n{self.last_words}".strip()
+
+
+def run_worker(request: str, command: Sequence[str], marker: str, timeout_seconds: float, *, what: str) -> Ended:
+    """Start `command`, send it `request`, collect its answers; never raises but for an interrupt.
+
+    After `timeout_seconds` the whole process group is killed.
+    """
+    # Files, not pipes: a grandchild that outlives the worker would hold a pipe open, and reading it would hang.
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        stdin.write(request.model_dump_json().encode())
+        stdin.write(request.encode())
         stdin.seek(0)
         process: subprocess.Popen[bytes] | None = None
+        code: int | None = None
+        timed_out, reason = False, ""
         try:
             process = subprocess.Popen(
                 list(command), stdin=stdin, stdout=stdout, stderr=stderr, env=_environment(), start_new_session=True
             )
             code = process.wait(timeout=timeout_seconds)
+            reason = _why_silent(code, what)
         except OSError as error:
-            return Trial(choices=request.choices, verdict="failed", detail=f"cannot start the probe: {error}")
+            reason = f"cannot start {what}: {error}"
         except subprocess.TimeoutExpired:
-            _kill_group(process)
-            detail = f"no answer in {timeout_seconds:.0f} s\n{_last_lines(stderr)}".strip()
-            return Trial(choices=request.choices, verdict="timeout", detail=detail)
+            timed_out, reason = True, f"no answer in {timeout_seconds:.0f} s"
         finally:
-            # Also when the tuner is interrupted, and for children that a finished probe left behind.
+            # Also when the tuner is interrupted, and for children that a finished worker left behind.
             _kill_group(process)
-        return _verdict(request, code, _tail(stdout), stderr)
+        lines = _tail(stdout).splitlines()
+        answers = [line.removeprefix(marker) for line in lines if line.startswith(marker)]
+        return Ended(answers, code, timed_out, reason, _last_lines(stderr))
 
 
-def _verdict(request: ProbeRequest, code: int, output: str, stderr: IO[bytes]) -> Trial:
-    lines = [line for line in output.splitlines() if line.startswith(MARKER)]
-    if lines and code == 0:
-        try:
-            trial = Trial.model_validate_json(lines[-1].removeprefix(MARKER))
-            if trial.choices == request.choices:
-                return trial.model_copy(update={"detail": _printable(trial.detail)})
-            reason = "the probe answered for other choices"
-        except ValidationError as error:
-            reason = f"the probe's answer is no trial: {error.errors()[0]['msg']}"
-    elif code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-        hint = ", as the kernel does when memory runs out" if -code == signal.SIGKILL else ""
-        reason = f"the probe was ended by {name}{hint}"
-    else:
-        reason = f"the probe gave no answer (exit code {code})"
-    return Trial(choices=request.choices, verdict="failed", detail=f"{reason}\n{_last_lines(stderr)}".strip())
+def _why_silent(code: int, what: str) -> str:
+    if code >= 0:
+        return f"{what} gave no answer (exit code {code})"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
+    hint = ", as the kernel does when memory runs out" if -code == signal.SIGKILL else ""
+    return f"{what} was ended by {name}{hint}"
 
 
 def _environment() -> dict[str, str]:
@@ -108,9 +138,9 @@ def _tail(stream: IO[bytes]) -> str:
 
 def _last_lines(stderr: IO[bytes]) -> str:
     lines = [line for line in _tail(stderr).splitlines() if line.strip()]
-    return _printable("\n".join(lines[-STDERR_LINES:]))[-2000:]
+    return printable("\n".join(lines[-STDERR_LINES:]))[-2000:]
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without control characters: details are shown in terminals and kept in plans that others import."""
     return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")

@@ -1,5 +1,6 @@
 """The search: measure the default, then what may beat it, and write down the best as a plan.
 
+0. on a GPU, the kernels by themselves: every candidate but the default has the launches that were fastest
 1. the default: what every other must beat
 2. uniform candidates (`space.candidates`), without those that what was measured rules out
 3. where memory binds, mixed placements from the solver, each confirmed by a probe
@@ -18,6 +19,9 @@ from statistics import median
 from typing import Literal
 
 from autotune.journal import Journal
+from autotune.kernel_store import KernelStore
+from autotune.kernels import RunKernels, search_kernels, step_buckets, winners
+from autotune.kernels import run_in_process as run_kernels_in_process
 from autotune.memory import layer_costs, predicted_too_large
 from autotune.probe import ProbeRequest
 from autotune.ranking import NOISE, Standings
@@ -31,17 +35,21 @@ from autotune.space import (
     memory_limit,
     why_skip,
 )
+from fastft.cache import cache_lock
 from fastft.config import RunConfig
 from fastft.errors import MeasureError, unknown_choice
 from fastft.files import sha256_of
-from fastft.hardware import Device, detect_device, soft_facts, software_versions
+from fastft.hardware import Device, detect_device, resolve_dtype, soft_facts, software_versions
 from fastft.models.shapes import ModelShape
-from fastft.plan import Choices, Evidence, Plan, PlanKey, Trial
-from fastft.plan_store import PlanStore, cache_lock
+from fastft.plan import Choices, Evidence, KernelTrial, Plan, PlanKey, Trial
+from fastft.plan_store import PlanStore
 from fastft.planning import gib, model_shape, plan_key, tune_command
 
 MIXED_HEADROOM = 0.99
 """Share of the limit that a solved placement may use by prediction: the fit is no better."""
+
+KERNEL_SHARE = 0.25
+"""Of the time that there is, at most so much goes to the kernel search."""
 
 _log = logging.getLogger(__name__)
 
@@ -50,9 +58,9 @@ _log = logging.getLogger(__name__)
 class Progress:
     """Where a tuning stands; given to `on_progress` before and after each probe."""
 
-    phase: Literal["waiting", "uniform", "mixed", "finalists"]
+    phase: Literal["waiting", "kernels", "uniform", "mixed", "finalists"]
     index: int
-    """Of this probe, from 1."""
+    """Of this probe, from 1; of kernels, how many are done."""
     total: int
     """As far as known now; skipping makes it smaller, mixed placements and finalists larger."""
     choices: Choices | None
@@ -78,6 +86,7 @@ def tune(
     max_minutes: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     run_probe: Callable[[ProbeRequest], Trial] | None = None,
+    run_kernels: RunKernels | None = None,
     store: PlanStore | None = None,
     force: bool = False,
     verify_plan: Callable[[Choices], bool] | None = None,
@@ -96,6 +105,8 @@ def tune(
         max_minutes: no new probe is started that would not end by then; the default is always measured.
         on_progress: called before and after each probe.
         run_probe: measures one request; default is `runner.run_probe`, in a process of its own.
+        run_kernels: compares launches of kernels; default is `kernels.run_in_process`, or nothing where `run_probe` is
+            given: launches that were not measured by the same means are not tried.
         store: default is the user's.
         force: measure even if there is a plan, and forget an interrupted tuning.
         verify_plan: asked for each winner until one is accepted; a refused one gets the verdict `parity_failed`.
@@ -125,6 +136,8 @@ def tune(
         search = _Search(
             config, shape, device, effort, seed, journal, report,
             run_probe or partial(run_in_process, timeout_seconds=level.timeout_seconds),
+            run_kernels or (run_kernels_in_process if run_probe is None else None),
+            KernelStore(store.cache, key),
             deadline=None if max_minutes is None else time.monotonic() + 60 * max_minutes,
         )  # fmt: skip
         try:
@@ -156,8 +169,11 @@ class _Search:
     journal: Journal
     report: Callable[[Progress], None]
     run_probe: Callable[[ProbeRequest], Trial]
+    run_kernels: RunKernels | None
+    kernel_store: KernelStore
     deadline: float | None
     trials: list[Trial] = field(default_factory=list)
+    kernel_trials: list[KernelTrial] = field(default_factory=list)
     _standings: Standings = field(init=False)
     _probe_seconds: list[float] = field(default_factory=list)
     _started: float = field(default_factory=time.monotonic)
@@ -169,7 +185,9 @@ class _Search:
 
     def run(self, verify_plan: Callable[[Choices], bool] | None) -> Choices:
         """All phases; the choices that win."""
-        self._uniform()
+        queue = candidates(self.config, self.shape, self.device, self.effort)
+        self._kernels(queue)
+        self._uniform(queue)
         self._mixed()
         self._finalists()
         while True:
@@ -190,6 +208,7 @@ class _Search:
             choices=choices,
             evidence=Evidence(
                 trials=self.trials,
+                kernels=self.kernel_trials,
                 default_tokens_per_second=self._standings.speed(default),
                 best_tokens_per_second=self._standings.speed(choices),
                 seed=self.seed,
@@ -202,8 +221,36 @@ class _Search:
             model_name=self.config.model,
         )
 
-    def _uniform(self) -> None:
-        queue = candidates(self.config, self.shape, self.device, self.effort)
+    def _kernels(self, queue: Sequence[Choices]) -> None:
+        """The kernels' launches, at the micro-batches that may be tried; in quick, at the default's."""
+        level, default = EFFORTS[self.effort], queue[0]
+        if self.run_kernels is None or self.device.kind != "cuda" or default.backend != "triton":
+            return
+        sizes = {default.micro_batch: None}
+        if self.effort != "quick":
+            sizes |= {choices.micro_batch: None for choices in queue if choices.backend == "triton"}
+        of_step = (
+            step_buckets(self.shape, self.config, self.device, size, default.loss_chunk_tokens) for size in sizes
+        )
+        buckets = list(dict.fromkeys(bucket for of_size in of_step for bucket in of_size))
+        seconds = level.kernel_seconds
+        if self.deadline is not None:
+            seconds = min(seconds, KERNEL_SHARE * (self.deadline - time.monotonic()))
+        self.report(Progress("kernels", 0, len(buckets), None, None, None, seconds))
+        self.kernel_trials += search_kernels(
+            buckets, self.kernel_store, dtype=resolve_dtype(self.config.dtype, self.device), launches=level.launches,
+            seconds=seconds, run=self.run_kernels,
+        )  # fmt: skip
+        self.report(Progress("kernels", len(buckets), len(buckets), None, None, None, None))
+
+    def _launched(self, choices: Choices) -> Choices:
+        """`choices` with the launches that were fastest."""
+        kernels = winners(self.kernel_trials) if choices.backend == "triton" else {}
+        return choices.model_copy(update={"kernels": kernels})
+
+    def _uniform(self, found: Sequence[Choices]) -> None:
+        queue = list(found[:1])
+        queue += [choices for choices in map(self._launched, found) if choices not in queue]
         limit = memory_limit(self.config, self.device)
         for number, candidate in enumerate(queue):
             if number > 0:
@@ -268,7 +315,7 @@ class _Search:
             t.choices for t in self.trials if (t.choices.backend, t.choices.micro_batch) == (backend, micro_batch)
         )
         time_ms = costs.base_ms + sum(costs.costs[policy].price_ms for policy in placement)
-        return time_ms, some.model_copy(update={"placement": placement})
+        return time_ms, self._launched(some.model_copy(update={"placement": placement}))
 
     def _finalists(self) -> None:
         level = EFFORTS[self.effort]

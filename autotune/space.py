@@ -5,6 +5,7 @@
     placement     one policy for all layers; mixed placements are solved from what these measured
     the rest      loss and MLP chunks, dense copies of quantized weights, the embedding on the host: as arithmetic fits
                   them to the memory there is (`fastft.memory.fitting`), one candidate a micro-batch
+    launches      those that the kernel search found (`kernels`), for every candidate of backend triton but the default
 
 For stock PEFT the placement says whether Hugging Face checkpoints: `light` is no, `full` is yes.
 """
@@ -54,20 +55,24 @@ class Effort:
     """Optimizer steps after the warm-up; at least 3."""
     timeout_seconds: float
     """For one probe, loading and compiling included."""
+    launches: int | None
+    """How many launches are tried a kernel, beside its default; None for all that are declared."""
+    kernel_seconds: float
+    """For the kernel search.  Most of it goes to the compiler."""
 
 
 EFFORTS: dict[EffortName, Effort] = {
     "quick": Effort(
         below=2, above=2, eager_on_gpu=False, keep_at_best=1, mixed_confirmations=2, finalists=3, retime_rounds=1,
-        warmup_steps=2, timed_steps=4, timeout_seconds=600,
+        warmup_steps=2, timed_steps=4, timeout_seconds=600, launches=3, kernel_seconds=20,
     ),
     "full": Effort(
         below=4, above=4, eager_on_gpu=True, keep_at_best=2, mixed_confirmations=4, finalists=4, retime_rounds=2,
-        warmup_steps=3, timed_steps=8, timeout_seconds=900,
+        warmup_steps=3, timed_steps=8, timeout_seconds=900, launches=None, kernel_seconds=180,
     ),
     "exhaustive": Effort(
         below=64, above=64, eager_on_gpu=True, keep_at_best=64, mixed_confirmations=8, finalists=6, retime_rounds=3,
-        warmup_steps=3, timed_steps=12, timeout_seconds=1800,
+        warmup_steps=3, timed_steps=12, timeout_seconds=1800, launches=None, kernel_seconds=600,
     ),
 }  # fmt: skip
 
@@ -149,8 +154,8 @@ def uniform_policy(choices: Choices) -> Policy | None:
     return choices.placement[0] if len(set(choices.placement)) == 1 else None
 
 
-_WEIGHED = {"micro_batch", "accumulation", "placement"}
-"""What `why_skip` compares; all else must be equal."""
+_WEIGHED = {"micro_batch", "accumulation", "placement", "kernels"}
+"""What `why_skip` compares, and launches, which change a step by less than that; all else must be equal."""
 
 
 def why_skip(candidate: Choices, trials: Sequence[Trial], effort: EffortName) -> str | None:

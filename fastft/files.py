@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +26,37 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
     Raises:
         OutputError: the folder cannot be created, the disk is full, or writing is not permitted; whatever
-            stood at `path` is still there and no temporary file is left.
+            stood at `path` is still there and no temporary file is left.  An interrupt leaves none either.
     """
     raw = data.encode() if isinstance(data, str) else data
-    temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
-            # `mkstemp` makes files that only their owner may read; give this one the usual permissions.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(handle, 0o666 & ~umask)
-            stream.write(raw)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).replace(path)
-    except OSError as error:
-        if temporary is not None:
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                # `mkstemp` makes files that only their owner may read; give this one the usual permissions.
+                umask = os.umask(0)
+                os.umask(umask)
+                os.fchmod(handle, 0o666 & ~umask)
+                stream.write(raw)
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(temporary).replace(path)
+        except BaseException:
             Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
         raise OutputError(
             f"cannot write {path}",
             got=error.strerror or str(error),
             fix="free some space or choose a folder that you may write to",
         ) from error
+
+
+def unfinished_writes(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """(temporary file, what it was to become) of each `write_atomically` in `folder` that goes on or was killed."""
+    for temporary in sorted(folder.glob(".*.*.tmp")):
+        yield temporary, folder / temporary.name[1:].rsplit(".", 2)[0]
 
 
 def new_folder(path: Path, *, what: str) -> Path:

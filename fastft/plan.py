@@ -14,7 +14,7 @@ from fastft.errors import PlanError
 from fastft.files import canonical_json, sha256_of
 
 PLAN_SCHEMA = 1
-SEARCH_SPACE_VERSION = 1
+SEARCH_SPACE_VERSION = 2
 
 Policy = Literal["keep", "light", "mlp", "full", "offload_mlp", "offload"]
 POLICIES: tuple[Policy, ...] = ("keep", "light", "mlp", "full", "offload_mlp", "offload")
@@ -90,6 +90,8 @@ class Choices(_Frozen):
     """Whether the input embedding stays in host memory."""
     graphs: Literal["auto", "on", "off"] = "auto"
     """Whether CUDA graphs replay the layers; auto: where a step is small enough to be bound by its launches."""
+    kernels: dict[str, list[int]] = {}
+    """Launches other than the kernels' defaults: bucket → fields (see `fastft.kernels.launches`, which checks them)."""
 
     def summary(self) -> str:
         """One phrase for people: `triton, 4×2 sequences, placement 20×light + 12×full`."""
@@ -103,6 +105,7 @@ class Choices(_Frozen):
         more = [f", MLP by {self.mlp_chunk_tokens} tokens"] if self.mlp_chunk_tokens is not None else []
         more += [f", {self.resident_layers} layers dense"] if self.resident_layers else []
         more += [", embedding on the host"] if self.host_embedding else []
+        more += [f", tuned launches: {len(self.kernels)}"] if self.kernels else []
         return f"{self.backend}, {self.micro_batch}×{self.accumulation} sequences, placement {placement}{''.join(more)}"
 
 
@@ -118,10 +121,25 @@ class Trial(_Frozen):
     detail: str = ""
 
 
+class KernelTrial(_Frozen):
+    """One launch of one kernel that the tuner ran, or tried to."""
+
+    bucket: str
+    """The name of a `fastft.kernels.launches.Bucket`."""
+    launch: list[int]
+    verdict: Literal["ok", "wrong", "failed", "too_large"]
+    """wrong: its results are not the default's; too_large: the device cannot run it, so it was not tried."""
+    microseconds: list[float] = []
+    """A call, each time that it was measured."""
+    detail: str = ""
+
+
 class Evidence(_Frozen):
     """How the plan was found: everything tried, and the circumstances."""
 
     trials: list[Trial]
+    kernels: list[KernelTrial] = []
+    """A bucket's default comes first, the others in the order of their declaration."""
     default_tokens_per_second: float | None = None
     best_tokens_per_second: float | None = None
     seed: int = 0

@@ -7,40 +7,27 @@ A reader never sees half a file, a bad file never ends a run (it is moved away w
 default is used), and the name of a file comes from the key alone, never from what the file says.
 """
 
-import logging
-import os
 import re
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
+from fastft.cache import cache_folder, locked, read_json_text, read_or_quarantine
 from fastft.config import RunConfig
 from fastft.errors import OutputError, PlanError
-from fastft.files import write_atomically
+from fastft.files import unfinished_writes, write_atomically
+from fastft.kernels.launches import read_launches
 from fastft.plan import Plan, PlanKey
 
 MAX_PLAN_BYTES = 4 * 2**20
 MAX_DEPTH = 32
 """Nesting of a plan's JSON; a real one has 6."""
 PLAN_BACKENDS = tuple(name for name in get_args(RunConfig.model_fields["backend"].annotation) if name != "auto")
-LOCK_SECONDS = 30.0
-
-_log = logging.getLogger(__name__)
-_STRINGS_AND_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
-
-
-def cache_folder() -> Path:
-    """`FASTFT_CACHE_DIR`, or the user's cache folder for fastft."""
-    folder = os.environ.get("FASTFT_CACHE_DIR")
-    if folder:
-        return Path(folder).expanduser()
-    import platformdirs
-
-    return platformdirs.user_cache_path("fastft")
+MAX_QUOTED_LETTERS = 200
+"""Of a bad file, in a message."""
 
 
 def read_plan(path: Path) -> Plan:
@@ -48,29 +35,21 @@ def read_plan(path: Path) -> Plan:
 
     Raises:
         PlanError: it cannot be read, is larger than 4 MiB, nests too deeply, is no plan of this schema, or fails
-            its checksum.
+            its checksum, or its kernels' launches are not declared in `fastft.kernels.launches`.
     """
+    text = read_json_text(path, what="plan", most_bytes=MAX_PLAN_BYTES, most_depth=MAX_DEPTH)
     try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_PLAN_BYTES + 1)
-    except OSError as error:
-        raise PlanError(
-            f"cannot read the plan {path}", got=error.strerror or str(error), fix="check the path"
-        ) from error
-    if len(raw) > MAX_PLAN_BYTES:
-        raise PlanError(
-            f"plan {path} is too large", got="more than 4 MiB", fix="a plan has some kilobytes; take another file"
-        )
-    try:
-        text = raw.decode()
-        if _depth(text) > MAX_DEPTH:
-            raise PlanError(f"plan {path} nests too deeply", allowed=f"{MAX_DEPTH} levels", fix="take another file")
-        return Plan.from_json(text, where=str(path))
+        plan = Plan.from_json(text, where=str(path))
+        for choices in (plan.choices, *(trial.choices for trial in plan.evidence.trials)):
+            read_launches(choices.kernels)
+    except PlanError as error:
+        raise PlanError(error.what, got=_shortened(error.got), allowed=error.allowed, fix=error.fix) from error
     except (ValueError, RecursionError, OverflowError) as error:
-        # Bytes that are not UTF-8 and numbers of thousands of digits are ValueErrors, but no JSONDecodeError.
+        # A number of thousands of digits is a ValueError, but no JSONDecodeError.
         raise PlanError(
             f"plan {path} cannot be parsed", got=str(error)[:120], fix="remove it and run `fastft tune` again"
         ) from error
+    return plan
 
 
 def read_foreign_plan(path: Path) -> Plan:
@@ -88,10 +67,13 @@ def read_foreign_plan(path: Path) -> Plan:
     for choice in choices:
         if choice.backend not in PLAN_BACKENDS:
             raise PlanError(
-                f"plan {path} names an unknown backend", got=repr(choice.backend), allowed=PLAN_BACKENDS, fix=fix
+                f"plan {path} names an unknown backend",
+                got=_shortened(repr(choice.backend)),
+                allowed=PLAN_BACKENDS,
+                fix=fix,
             )
         if re.fullmatch(r"[a-z0-9_]{1,40}", choice.attention) is None:
-            raise PlanError(f"plan {path} names an unknown attention", got=repr(choice.attention), fix=fix)
+            raise PlanError(f"plan {path} names an unknown attention", got=_shortened(repr(choice.attention)), fix=fix)
     if any(unicodedata.category(letter) == "Cc" for text in _strings(plan.model_dump()) for letter in text
            if letter not in "\n\t"):  # fmt: skip
         raise PlanError(f"plan {path} holds control characters", fix=fix)
@@ -124,7 +106,7 @@ class PlanStore:
             OutputError: the folder cannot be written, or another process holds the lock for 30 seconds.
         """
         path = self.path(plan.key)
-        with self._locked(path):
+        with locked(path, what="plan"):
             write_atomically(path, plan.to_json())
         return path
 
@@ -182,11 +164,15 @@ class PlanStore:
     def prune(self, older_than_days: float | None = None, stale: Callable[[Plan], bool] | None = None) -> list[Plan]:
         """Remove plans older than `older_than_days`, and those that `stale` names; return what was removed.
 
-        A plan without a readable date has the age of its file.  Without arguments nothing is removed.
+        A plan without a readable date has the age of its file.  Without arguments no plan is removed.  Temporary
+        files that killed writers left are removed in any case.
         """
+        for temporary, path in unfinished_writes(self.folder):
+            with locked(path, what="plan"):  # nobody writes this plan now, so the file is nobody's
+                temporary.unlink(missing_ok=True)
         removed = []
         for path in self._files():
-            with self._locked(path):
+            with locked(path, what="plan"):
                 try:
                     plan = _examine(path)
                     old = older_than_days is not None and _age_seconds(plan, path) > older_than_days * 86400
@@ -205,76 +191,15 @@ class PlanStore:
                 _examine(path)
                 report.append((path, None))
             except PlanError as error:
-                report.append((path, str(error)))
+                if not isinstance(error.__cause__, FileNotFoundError):  # it was pruned meanwhile
+                    report.append((path, str(error)))
         return report
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("*.json"))
 
     def _read_or_quarantine(self, path: Path) -> Plan | None:
-        if not path.exists():
-            return None
-        try:
-            return _examine(path)
-        except PlanError:
-            pass  # decided below: a writer may be replacing it just now
-        try:
-            with self._locked(path):
-                if not path.exists():
-                    return None
-                try:
-                    return _examine(path)
-                except PlanError as error:
-                    self.quarantine.mkdir(parents=True, exist_ok=True)
-                    target = self.quarantine / f"{path.name}.{time.time_ns()}"
-                    path.replace(target)
-                    _log.warning("a plan is not used and was moved to %s: %s", target, error)
-        except (OSError, OutputError) as error:
-            _log.warning("plan %s is bad and cannot be moved away, it is not used: %s", path, error)
-        return None
-
-    @contextmanager
-    def _locked(self, path: Path) -> Iterator[None]:
-        with ExitStack() as held:
-            try:
-                held.enter_context(cache_lock(Path(f"{path}.lock"), timeout=LOCK_SECONDS))
-            except TimeoutError as error:
-                raise OutputError(
-                    f"the plan {path} is locked",
-                    got=f"no answer in {LOCK_SECONDS:.0f} s",
-                    fix="end the process that holds it",
-                ) from error
-            yield
-
-
-@contextmanager
-def cache_lock(path: Path, *, timeout: float = -1) -> Iterator[None]:
-    """Hold the lock file `path` under the cache folder, which is created where it is missing.
-
-    Args:
-        timeout: seconds to wait for another holder; negative waits for ever.
-
-    Raises:
-        TimeoutError: another process holds it.
-        OutputError: the folder cannot be written.
-    """
-    import filelock
-
-    lock = filelock.FileLock(path, timeout=timeout)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise TimeoutError(str(path)) from error
-    except OSError as error:
-        raise OutputError(
-            f"cannot lock {path}", got=error.strerror or str(error),
-            fix="set FASTFT_CACHE_DIR to a folder that you may write to",
-        ) from error  # fmt: skip
-    try:
-        yield
-    finally:
-        lock.release()
+        return read_or_quarantine(path, lambda path: _examine(path), what="plan", quarantine=self.quarantine)
 
 
 def _examine(path: Path) -> Plan:
@@ -302,16 +227,10 @@ def _age_seconds(plan: Plan, path: Path) -> float:
     return (datetime.now(UTC) - (created if created.tzinfo else created.replace(tzinfo=UTC))).total_seconds()
 
 
-def _depth(text: str) -> int:
-    """The deepest nesting of arrays and objects, brackets inside strings not counted."""
-    depth = deepest = 0
-    for match in _STRINGS_AND_BRACKETS.finditer(text):
-        if match[0] in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif match[0] in "]}":
-            depth -= 1
-    return deepest
+def _shortened(got: object) -> object:
+    """`got` as it is, or the beginning of its text."""
+    text = got if isinstance(got, str) else repr(got)
+    return got if len(text) <= MAX_QUOTED_LETTERS else f"{text[:MAX_QUOTED_LETTERS]}…"
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fastft.cache import cache_folder
 from fastft.config import LoraConfig, RunConfig
 from fastft.errors import BackendError, ConfigError, ModelError, OutputError, PlanError, unknown_choice
 from fastft.files import canonical_json, write_atomically
@@ -24,7 +25,7 @@ from fastft.memory.fitting import fit, smallest
 from fastft.memory.model import estimate_peak_bytes, memory_terms, step_flops
 from fastft.models.shapes import SHAPES, SUPPORTED_FAMILIES, ModelShape
 from fastft.plan import Choices, Plan, PlanKey
-from fastft.plan_store import PLAN_BACKENDS, PlanStore, cache_folder, read_foreign_plan
+from fastft.plan_store import PLAN_BACKENDS, PlanStore, read_foreign_plan
 
 KEY_VERSIONS = ("torch", "triton", "cuda", "bitsandbytes")
 DEFAULT_MICRO_BATCH = {"cuda": 4, "cpu": 16}
@@ -52,7 +53,7 @@ def model_shape(config: RunConfig, cache: Path | None = None) -> ModelShape:
     its `config.json`, because reading one through Hugging Face takes seconds of imports.
 
     Args:
-        cache: the cache folder, default `plan_store.cache_folder()`.
+        cache: the cache folder, default `cache.cache_folder()`.
 
     Raises:
         ModelError: the model is not found, or its family has no layer specification and hence no plans.

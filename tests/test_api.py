@@ -20,6 +20,7 @@ from fastft.engine.patch import placement_of
 from fastft.engine.state import state_of
 from fastft.errors import BackendError, ConfigError, FastftError, ModelError, PlanError
 from fastft.hardware import detect_device
+from fastft.kernels.launches import OPERATIONS, launch_for
 from fastft.models.shapes import SHAPES
 from fastft.plan import Choices, Evidence, Plan
 from fastft.plan_store import PlanStore
@@ -312,6 +313,15 @@ def test_a_cached_plan_is_followed_whatever_the_batch(caplog):
     assert placement_of(adapt(plan="none")) != ["full", "keep", "mlp"]
     other_rank = FastLanguageModel.get_peft_model(load(), r=5, lora_alpha=8)
     assert placement_of(other_rank) != ["full", "keep", "mlp"]
+
+
+def test_a_plan_decides_how_kernels_are_launched():
+    launch = list(OPERATIONS["add"].launches[1])
+    PlanStore().save(make_plan(kernels={"add/64x16/32bit/256": launch}))
+    adapt()
+    assert launch_for("add", (64, 16), 4, 100) == tuple(launch)
+    adapt(plan="none")
+    assert launch_for("add", (64, 16), 4, 100) == OPERATIONS["add"].launches[0], "without a plan, by default"
 
 
 def test_a_plan_file_is_followed_or_refused_by_the_differing_field(tmp_path):

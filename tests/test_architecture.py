@@ -25,7 +25,7 @@ LAYERS = (
     ("models",),
     ("kernels", "data"),
     ("config",),
-    ("plan", "record", "hardware", "siblings", "processes"),
+    ("plan", "record", "hardware", "siblings", "processes", "cache"),
     ("files",),
     ("errors",),
 )

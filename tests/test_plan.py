@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fastft.errors import PlanError
 from fastft.files import canonical_json, sha256_of
-from fastft.plan import Choices, Evidence, Plan, PlanKey, Trial
+from fastft.plan import Choices, Evidence, KernelTrial, Plan, PlanKey, Trial
 
 KEY: dict[str, Any] = {
     "device": "CPU",
@@ -142,6 +142,35 @@ def test_an_unknown_field_is_refused() -> None:
 def test_what_is_no_plan_is_a_plan_error(text: str) -> None:
     with pytest.raises(PlanError):
         Plan.from_json(text, where="here")
+
+
+KERNELS = {"add/64x16/16bit/256": [32, 128, 4, 4096, 3]}
+TRIED = KernelTrial(bucket="add/64x16/16bit/256", launch=[32, 128, 4, 4096, 3], verdict="ok", microseconds=[1.5, 1.25])
+
+
+def test_launches_survive_a_file_and_are_part_of_the_id() -> None:
+    tuned = plan(choices=CHOICES.model_copy(update={"kernels": KERNELS}), evidence=Evidence(trials=[], kernels=[TRIED]))
+    again = Plan.from_json(tuned.to_json(), where="here")
+    assert again == tuned
+    assert again.choices.kernels == KERNELS
+    assert again.evidence.kernels == [TRIED]
+    assert again.id != plan().id
+    assert again.choices.summary().endswith("2×light, tuned launches: 1")
+
+
+def test_a_plan_without_the_field_has_the_defaults() -> None:
+    body = json.loads(plan().to_json())
+    del body["choices"]["kernels"], body["evidence"]["kernels"]
+    again = Plan.from_json(with_checksum(body), where="here")
+    assert (again.choices.kernels, again.evidence.kernels) == ({}, [])
+
+
+@pytest.mark.parametrize("kernels", [[], {"a": 1}, {"a": ["x"]}, {"a": [1.5]}, {"a": None}])
+def test_launches_of_another_form_are_refused(kernels: Any) -> None:
+    body = json.loads(plan().to_json())
+    body["choices"]["kernels"] = kernels
+    with pytest.raises(PlanError, match=r"choices\.kernels"):
+        Plan.from_json(with_checksum(body), where="here")
 
 
 def test_summary_joins_equal_neighbours() -> None:

@@ -2,24 +2,18 @@
 
     pytest bench/kernels
 
-A small kernel's launch from Python takes longer than the kernel, so its calls are captured into a CUDA graph;
-the buffers rotate, so that no call finds its inputs in the L2 cache.  `share` is what the kernel reaches of a
-device-to-device copy that moves the same number of bytes and is measured the same way, at its best.
+See `fastft.measure.replays`.  `share` is what the kernel reaches of a device-to-device copy that moves the same number
+of bytes and is measured the same way, at its best.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from bench.kernels.timing import replay_ms
+from fastft.measure.replays import CALLS, capture, replay_ms, rotations
 
-CALLS = 20
-"""Calls captured into one graph; a round replays it once."""
-ROTATION_BYTES = 2**29
-"""The rotating buffers together, several times a GPU's L2 cache."""
 COPIES = 3
 """How often the copy is measured, each time on other buffers: the fastest counts.  Where source and target lie to each
 other can cost a copy a third of its bandwidth (seen on an H200)."""
@@ -47,9 +41,9 @@ def measure_bandwidth(benchmark: Any) -> Callable[[str, Callable[[], Work]], Non
     def measure(name: str, make: Callable[[], Work]) -> None:
         works = [make()]
         moved = works[0][1]
-        works += [make() for _ in range(min(CALLS, ROTATION_BYTES // moved + 1) - 1)]
+        works += [make() for _ in range(rotations(moved) - 1)]
         copy_s = min(_copy_seconds(moved, len(works)) for _ in range(COPIES))
-        graph = _capture([call for call, _ in works])
+        graph = capture([call for call, _ in works])
         seconds = _seconds_per_call(graph)
         benchmark.extra_info.update(
             what=name,
@@ -72,29 +66,13 @@ def measure_bandwidth(benchmark: Any) -> Callable[[str, Callable[[], Work]], Non
 
 
 def _copy_seconds(moved: int, buffers: int) -> float:
-    return _seconds_per_call(_capture([_copy_work(moved)[0] for _ in range(buffers)]))
+    return _seconds_per_call(capture([_copy_work(moved)[0] for _ in range(buffers)]))
 
 
 def _copy_work(moved: int) -> Work:
     source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return lambda: target.copy_(source), moved
-
-
-def _capture(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """A graph of CALLS calls, taken in turn."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:  # compiles the kernels, which a capture must not
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    results: deque[Any] = deque(maxlen=len(calls))  # kept, so that the outputs rotate too
-    with torch.cuda.graph(graph):
-        for index in range(CALLS):
-            results.append(calls[index % len(calls)]())
-    return graph
 
 
 def _seconds_per_call(graph: torch.cuda.CUDAGraph) -> float:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench.kernels.timing import replay_ms
+from fastft.measure.replays import replay_ms
 
 # T tokens, I in, O out, R rank of the group together
 

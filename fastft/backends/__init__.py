@@ -56,13 +56,14 @@ def _triton() -> Backend:
         from fastft.kernels.activation import triton as activation
         from fastft.kernels.adapted import triton as adapted
         from fastft.kernels.cross_entropy import triton as cross_entropy
+        from fastft.kernels.launches import MAX_RANK
         from fastft.kernels.lora_linear import triton as lora_linear
         from fastft.kernels.norm import triton as norm
     except ImportError as error:
         raise BackendError(
             "backend triton needs the triton package", got=str(error), fix="pip install 'triton>=3.6' on Linux"
         ) from error
-    return _collect("triton", norm, lora_linear, activation, cross_entropy, adapted, adapted.MAX_RANK)
+    return _collect("triton", norm, lora_linear, activation, cross_entropy, adapted, MAX_RANK)
 
 
 def _collect(

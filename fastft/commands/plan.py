@@ -61,7 +61,8 @@ def show(id: PlanArgument, as_json: JsonFlag = False) -> None:
     print_line("")
     print_table(["  FIELD", "VALUE"], [[f"  {name}", _shown(value)] for name, value in _flat(plan.key).items()])
     print_line("")
-    choices = plan.choices.model_dump()
+    choices = plan.choices.model_dump(exclude={"kernels"})
+    choices |= {f"kernels.{bucket}": _fields(launch) for bucket, launch in plan.choices.kernels.items()}
     print_table(["  CHOICE", "VALUE"], [[f"  {name}", _shown(value)] for name, value in choices.items()])
     print_line("")
     rows = [
@@ -71,6 +72,14 @@ def show(id: PlanArgument, as_json: JsonFlag = False) -> None:
         for trial in evidence.trials
     ]  # fmt: skip
     print_table(["  TRIED", "VERDICT", "TOKENS/S", "PEAK"], rows)
+    if evidence.kernels:
+        print_line("")
+        kernels = [
+            [f"  {trial.bucket} {_fields(trial.launch)}", trial.verdict.replace("_", " "),
+             f"{min(trial.microseconds):,.1f}" if trial.microseconds else ""]
+            for trial in evidence.kernels
+        ]  # fmt: skip
+        print_table(["  LAUNCH TRIED", "VERDICT", "µS"], kernels)
 
 
 def diff(
@@ -206,6 +215,10 @@ def _flat(key: PlanKey) -> dict[str, Any]:
     for name, value in key.model_dump().items():
         flat |= {f"{name}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {name: value}
     return flat
+
+
+def _fields(launch: list[int]) -> str:
+    return " ".join(map(str, launch))
 
 
 def _shown(value: Any) -> str:

@@ -166,6 +166,8 @@ def _show(progress: "Progress", meter: Meter) -> None:
     if progress.phase == "waiting":
         meter.line("another tuning runs on this device; waiting for it to end")
         return
+    if progress.phase == "kernels":
+        meter.update(f"comparing launches of {progress.total} kernels", progress.index, progress.total)
     if progress.choices is None:
         return
     rate = progress.best.tokens_per_second if progress.best is not None else None

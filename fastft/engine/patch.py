@@ -7,7 +7,7 @@ head in a family with a layer specification; of the LoRA linears, the RMSNorms a
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from types import MethodType
@@ -38,6 +38,7 @@ from fastft.engine.state import STATE, EngineSettings, ModuleState, Placed, poli
 from fastft.engine.support import why_no_head, why_no_layer, why_no_norm
 from fastft.errors import ConfigError, ModelError, unknown_choice
 from fastft.kernels.attention.library import ATTENTION
+from fastft.kernels.launches import read_launches, use_launches
 from fastft.models.spec import SPECS
 from fastft.plan import POLICIES, Policy
 
@@ -55,6 +56,7 @@ def patch_model(
     resident_layers: int = 0,
     host_embedding: bool = False,
     graphs: GraphMode = "auto",
+    kernels: Mapping[str, Sequence[int]] | None = None,
     strict: bool = False,
 ) -> Ledger:
     """Replace the `forward`s of a Hugging Face model, or of the `PeftModel` around it.
@@ -79,6 +81,8 @@ def patch_model(
         host_embedding: the input embedding stays in host memory, from where the GPU reads the rows that it needs.
         graphs: auto replays CUDA graphs where a step is small enough to be bound by its launches, on for any size,
             off never.
+        kernels: the Triton kernels' launches where they are not the defaults, as `fastft.plan.Choices.kernels` has
+            them.  They hold for the whole process, until a model is patched again.
         strict: a decoder layer, norm, LoRA linear, or head with loss that cannot run fused is an error instead of a
             line in the ledger.  What the engine has nothing for, whatever is changed about it, is no error: decoder
             layers without a specification, other norms, adapters on anything but linear layers.
@@ -88,6 +92,7 @@ def patch_model(
         BackendError: the backend cannot run here; or `strict` and something cannot run fused.
         ConfigError: unknown policy or attention, not one policy a layer, an empty chunk; or placement, attention,
             mlp_chunk_tokens or graphs chosen for a model without a layer specification.
+        PlanError: a kernel or launch that is not declared in `fastft.kernels.launches`.
     """
     causal_lm = base_model(model)
     family = getattr(getattr(causal_lm, "config", None), "model_type", type(causal_lm).__name__)
@@ -102,6 +107,7 @@ def patch_model(
             "mlp_chunk_tokens is not valid", got=mlp_chunk_tokens, allowed="1 or more, or None",
             fix="use 4096, or leave it out",
         )  # fmt: skip
+    launches = read_launches(kernels or {})
     ops = load_backend(backend)
     if family not in SPECS:
         unspecified = f"no layer specification for {family}"
@@ -119,7 +125,9 @@ def patch_model(
             "graphs": graphs == "on",
         }
         chosen = [name for name, was in asked.items() if was]
-        return _patch_parts_only(causal_lm, unspecified, chosen, ops, loss_chunk_tokens, strict=strict)
+        ledger = _patch_parts_only(causal_lm, unspecified, chosen, ops, loss_chunk_tokens, strict=strict)
+        use_launches(launches)
+        return ledger
     if host_embedding and (reason := why_not_on_host(causal_lm)) is not None:
         raise ConfigError(
             "the embedding cannot be kept in host memory", got=reason,
@@ -131,6 +139,7 @@ def patch_model(
     chooser = placement if callable(placement) else None
     policies = _policies("light" if placement is None or callable(placement) else placement, len(layers))
     unpatch_model(model)
+    use_launches(launches)
     ledger = Ledger(strict=strict)
     settings = EngineSettings(
         ops=ops,

@@ -1,7 +1,6 @@
 """What the Triton launchers share: block sizes, warps, and the device that a kernel runs on."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,33 +14,6 @@ _ELEMENTS_PER_THREAD = 16  # two 128-bit accesses of a 16-bit type: enough bytes
 _WARP = 32
 _MIN_DOT = 16
 """The smallest side of a matrix product in Triton."""
-_MIN_ROWS = 128
-"""Of a program that walks down rows, so that the matrices that it keeps are worth loading."""
-
-
-class Launch(NamedTuple):
-    """How a kernel is laid out whose programs each own a block of columns and walk down a share of the rows."""
-
-    block_t: int
-    """Rows of a step."""
-    block_f: int
-    """Columns of a program."""
-    warps: int
-    programs: int
-    """How many share the work, about: several for each multiprocessor of a large GPU."""
-    stages: int = 3
-    """Of the pipeline that loads rows ahead; the loop's own, as a kernel's is only for what feeds matrix products."""
-
-    def grid(self, T: int, F: int) -> tuple[tuple[int, int], int]:
-        """Blocks of columns and shares of the rows; the rows of a share."""
-        return self.shared(T, -(-F // self.block_f))
-
-    def shared(self, T: int, across: int) -> tuple[tuple[int, int], int]:
-        """The same for so many blocks of columns."""
-        down = max(1, min(self.programs // max(1, across), T // _MIN_ROWS))
-        blocks = max(1, -(-T // (down * self.block_t)))
-        rows_each = blocks * self.block_t
-        return (across, max(1, -(-T // rows_each))), rows_each
 
 
 def next_power_of_2(n: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastft.plan import Plan
+from fastft.plan import KernelTrial, Plan
 from fastft.plan_store import PlanStore
 
 Cli = Callable[..., Any]
@@ -59,6 +59,42 @@ def test_show_by_the_beginning_of_the_id(cli: Cli, saved_plan: Plan) -> None:
     answer = json.loads(cli("plan", "show", saved_plan.id, "--json").stdout)
     assert answer.pop("id") == saved_plan.id
     assert Plan.model_validate(answer) == saved_plan
+
+
+TRIED = KernelTrial(bucket="add/64x16/16bit/256", launch=[32, 128, 4, 4096, 3], verdict="ok", microseconds=[2.5, 1.25])
+
+
+def with_launches(plan: Plan, kernels: dict[str, list[int]]) -> Plan:
+    evidence = plan.evidence.model_copy(update={"kernels": [TRIED]})
+    return plan.model_copy(
+        update={"choices": plan.choices.model_copy(update={"kernels": kernels}), "evidence": evidence}
+    )
+
+
+def test_show_lists_launches(cli: Cli, saved_plan: Plan, store: PlanStore) -> None:
+    tuned = with_launches(saved_plan, {TRIED.bucket: TRIED.launch})
+    store.save(tuned)
+    lines = [line.split() for line in cli("plan", "show", tuned.id).stdout.splitlines()]
+    assert ["kernels.add/64x16/16bit/256", "32", "128", "4", "4096", "3"] in lines
+    assert ["add/64x16/16bit/256", "32", "128", "4", "4096", "3", "ok", "1.2"] in lines
+
+
+@pytest.mark.parametrize(
+    ("kernels", "message"),
+    [
+        ({"fly/64x16/16bit/256": [32, 128, 4, 4096, 3]}, "a plan tunes an unknown operation; got 'fly'"),
+        ({"add/64/16bit/256": [32, 128, 4, 4096, 3]}, "a plan tunes a kernel by a malformed name"),
+        ({"add/64x16/16bit/256": [32, 128, 4, 4096, 99]}, "a plan names an unknown launch for add"),
+    ],
+)
+def test_an_import_refuses_launches_that_it_does_not_know(
+    cli: Cli, saved_plan: Plan, store: PlanStore, work: Path, kernels: dict[str, list[int]], message: str
+) -> None:
+    (work / "theirs.json").write_text(with_launches(saved_plan, kernels).to_json())
+    result = cli("plan", "import", "theirs.json")
+    assert (result.exit_code, result.stdout) == (6, "")
+    assert message in result.stderr
+    assert store.entries() == [saved_plan]
 
 
 def test_diff_names_fields_and_choices(cli: Cli, saved_plan: Plan, make_plan: Callable[..., Plan], work: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastft.backends import Backend, load_backend
 from fastft.engine.loss import IGNORED, Targets, labelled_rows, linear_cross_entropy, shifted_targets
 from fastft.kernels.cross_entropy import LogitTransform
+from fastft.kernels.launches import OPERATIONS, Launch
 
 T, D, V = 45, 16, 67
 
@@ -190,7 +191,8 @@ def test_rows_are_divided_by_what_their_kernel_says(chunk, labelled, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_rows_far_above_their_first_logits(dtype, ops, device, monkeypatch):
     """The hidden states' gradient too is of a row times up to 10¹⁷, before it is divided."""
-    monkeypatch.setattr("fastft.kernels.cross_entropy.triton.BLOCK_V", 32)
+    narrow = OPERATIONS["cross_entropy"]._replace(default=lambda bucket: Launch(1, 32, 1, 0, 1))
+    monkeypatch.setitem(OPERATIONS, "cross_entropy", narrow)
     hidden_TD, head_VD, targets_T = problem(device, 1.0)
     hidden_TD, head_VD = hidden_TD.abs().to(dtype), head_VD / 8
     head_VD[40] += 2.9

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastft.kernels.launches import OPERATIONS, Launch
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # ‖x − truth‖ / ‖truth‖ that no implementation may pass, whatever eager PyTorch does.
@@ -43,6 +45,16 @@ def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: fill(_empty(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: fill(_empty_like(*args, **kwargs)))
+
+
+@pytest.fixture
+def launched_as(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Launch], None]:
+    """`launched_as(operation, launch)`: every problem of the operation is launched so."""
+
+    def replace(operation: str, launch: Launch) -> None:
+        monkeypatch.setitem(OPERATIONS, operation, OPERATIONS[operation]._replace(default=lambda bucket: launch))
+
+    return replace
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from fastft.kernels.activation import reference
 from fastft.kernels.adapted import triton
-from fastft.kernels.launch import Launch
+from fastft.kernels.launches import Launch
 from fastft.kernels.lora_linear import AdapterTerm
 from fastft.kernels.rope import reference as rope
 
@@ -96,12 +96,12 @@ def test_activations(kind, device, kernels):
     assert_close(list(results), [g.float() for g in gradients], atol=2e-5, rtol=2e-5)
 
 
-def test_rows_are_shared_among_programs(device, monkeypatch):
+def test_rows_are_shared_among_programs(device, launched_as):
     """Many shares of few rows: each sum comes from several programs."""
     problem = Problem(777, 70, (16, 16, 16), gated=True, dtype=torch.float32, device=device)
     launch = Launch(16, 16, 4, programs=1000)
     assert launch.grid(777, 70)[0][1] > 4
-    monkeypatch.setattr(triton, "_BACKWARD", launch)
+    launched_as("activate_backward", launch)
     _, gradients = problem.plain("silu", torch.float64)
     results = triton.activate_backward(
         problem.dact, problem.gate, problem.up, "silu", *problem.terms, problem.dact_term

@@ -5,15 +5,20 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from autotune.kernel_comparison import Limits, why_not
+from fastft.kernels.launches import OPERATIONS, Bucket
 
 pytest.importorskip("triton")
 
 # A number is a 32-bit argument; None and what is named in capitals are constants.
 HALF, WIDE, TARGETS, NUMBER, COUNT = "*bf16", "*fp32", "*i64", "fp32", "i32"
 Arguments = dict[str, Any]
+Compilation = tuple[str, Arguments, int]  # the last is the number of warps
 
 
 def norm(kind: str, residual: bool) -> list[tuple[str, Arguments]]:
@@ -126,6 +131,24 @@ LAUNCHES = [
     *(launch for dtype in ("fp32", "bf16", "fp16") for launch in dequantize(dtype == "bf16", dtype)),
 ]
 
+
+def declared(operation: str) -> list[Compilation]:
+    """All launches that may be chosen for an operation, at rank 16."""
+    of_operation = {
+        "activate": adapted("silu", True, 16)[0], "activate_backward": adapted("silu", True, 16)[1],
+        "add": adapted("silu", True, 16)[2], "rotate": adapted("silu", True, 16)[3],
+        "narrow_gradients": narrow(HALF, (16, 16, 16), True)[0], "cross_entropy": cross_entropy(True, False, False)[0],
+    }  # fmt: skip
+    name, arguments = of_operation[operation]
+    columns = {"narrow_gradients": "BLOCK_O", "cross_entropy": "BLOCK_V", "rotate": None}.get(operation, "BLOCK_F")
+    found: list[Compilation] = []
+    for launch in OPERATIONS[operation].launches:
+        sizes = {"BLOCK_T": launch.block_t, "STAGES": launch.stages}
+        sizes = {size: value for size, value in sizes.items() if size in arguments}
+        found.append((name, {**arguments, **sizes, **({columns: launch.block_f} if columns else {})}, launch.warps))
+    return found
+
+
 SCRIPT = """
 import ast, sys
 from importlib import import_module
@@ -133,25 +156,46 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-for name, arguments in ast.literal_eval(sys.stdin.read()):
+target, divisor = GPUTarget("cuda", int(sys.argv[1]), 32), int(sys.argv[2])
+for name, arguments, warps in ast.literal_eval(sys.stdin.read()):
     operation, _, kernel = name.partition(".")
     function = getattr(import_module(f"fastft.kernels.{operation}.triton"), kernel)
     names = function.arg_names
     assert set(arguments) <= set(names), (name, set(arguments) - set(names))
     constant = {n: v for n, v in arguments.items() if v is None or n.isupper()}
     signature = {n: "constexpr" if n in constant else arguments.get(n, "i32") for n in names}
-    source = ASTSource(function, signature, {(names.index(n),): v for n, v in constant.items()})
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    # Pointers and numbers of which it is known are loaded ahead, as they are where the kernels run.
+    divisible = {(i,): [["tt.divisibility", divisor]] for i, n in enumerate(names) if signature[n][0] in "*i"}
+    source = ASTSource(function, signature, {(names.index(n),): v for n, v in constant.items()}, divisible)
+    made = triton.compile(source, target=target, options={"num_warps": warps})
     assert made.asm["cubin"], name
-    print(name)
+    print(name, made.metadata.shared)
 """
 
 
-def test_every_kernel_compiles_for_a_gpu(tmp_path):
+def compile_all(compilations: list[Compilation], capability: int, cache: Path, *, divisor: int = 1) -> list[int]:
+    """The bytes of shared memory of each; `divisor` of all addresses and numbers."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], input=repr(LAUNCHES), text=True, capture_output=True, timeout=280,
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
+        [sys.executable, "-c", SCRIPT, str(capability), str(divisor)], input=repr(compilations), text=True,
+        capture_output=True, timeout=280,
+        env={**environment, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.split() == [name for name, _ in LAUNCHES]
+    names, shared = zip(*map(str.split, run.stdout.splitlines()), strict=True)
+    assert list(names) == [name for name, *_ in compilations]
+    return list(map(int, shared))
+
+
+def test_every_kernel_compiles_for_a_gpu(tmp_path):
+    compile_all([(name, arguments, 4) for name, arguments in LAUNCHES], 90, tmp_path)
+
+
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_declared_launch_compiles_and_is_not_ruled_out_by_mistake(operation, capability, tmp_path):
+    shared = compile_all(declared(operation), capability, tmp_path, divisor=16)
+    bucket = Bucket(operation, (2,) * len(OPERATIONS[operation].sizes), 16, 8192)
+    for launch, needed in zip(OPERATIONS[operation].launches, shared, strict=True):
+        # With as much shared memory as it needs, nothing speaks against it.
+        assert why_not(bucket, launch, Limits(needed, 1024)) == "", launch

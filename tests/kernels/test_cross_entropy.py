@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastft.kernels.cross_entropy import LogitTransform, reference, triton
+from fastft.kernels.launches import Launch
 
 OPERATION = "cross_entropy"
 SCALE = 1 / 37
@@ -63,10 +64,9 @@ def compare_gradient(
 
 
 @pytest.fixture
-def narrow_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def narrow_blocks(launched_as: Callable[[str, Launch], None]) -> None:
     """Triton's blocks are 32 wide, so that a small row has many."""
-    monkeypatch.setattr(triton, "BLOCK_V", 32)
-    monkeypatch.setattr(triton, "WARPS", 1)
+    launched_as("cross_entropy", Launch(1, 32, 1, 0, 1))
 
 
 @pytest.mark.parametrize(("N", "V"), [(1, 2), (63, 100), (251, 63), (31, 20011), (2, 8192)])

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from fastft.errors import BackendError
 from fastft.kernels.launch import (
     MAX_ROW_ELEMENTS,
-    Launch,
     device_guard,
     next_power_of_2,
     row_block,
     unit_stride,
     warps_for,
 )
+from fastft.kernels.launches import Launch
 
 
 @given(st.integers(1, 2**20))

@@ -1,5 +1,6 @@
 # T tokens, O out, R rank
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from fastft.kernels.launch import Launch
+from fastft.kernels.launches import Launch
 from fastft.kernels.lora_linear import reference, triton
 
 OPERATION = "lora_linear"
@@ -91,12 +92,11 @@ def sent_on(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_blocks(monkeypatch: pytest.MonkeyPatch, launched_as: Callable[[str, Launch], None]) -> None:
     """Every sum comes from several programs."""
     launch = Launch(16, 16, 4, programs=1000)
     assert launch.grid(777, 70)[0] == (5, 6)
-    for name in ("_NARROW", "_WIDE", "_FP32"):
-        monkeypatch.setattr(triton, name, launch)
+    launched_as("narrow_gradients", launch)
     monkeypatch.setattr(triton, "_SUM_PARTS", 2)
 
 

@@ -19,20 +19,17 @@ from fastft.kernels.activation.triton import activation_and_slope, gradient_plac
 from fastft.kernels.adapted import Gradients
 from fastft.kernels.adapted.reference import plus_term
 from fastft.kernels.launch import (
-    Launch,
     device_guard,
     next_power_of_2,
     optional_unit_stride,
     rank_block,
     unit_stride,
 )
+from fastft.kernels.launches import launch_for
 from fastft.kernels.lora_linear import AdapterTerm
 from fastft.kernels.lora_linear.triton import dot, narrow_rows, store_sum
 from fastft.kernels.rope import rotary_width
 from fastft.kernels.rope.triton import rope_
-
-MAX_RANK = 64
-"""Of one adapter: beyond it the sums of three no longer fit a program's registers."""
 
 
 @triton.jit
@@ -215,12 +212,6 @@ def _rotate_kernel(
         tl.store(at_Th + HALF, second_Th * cos_Th + first_Th * sin_Th, mask=mask_Th)
 
 
-_ACTIVATE = Launch(16, 64, 4, 2112)
-_BACKWARD = Launch(16, 64, 4, 1056, 4)
-_ADD = Launch(64, 128, 4, 4096)
-_ROTATE = Launch(32, 128, 4, 4096)
-
-
 def activate(
     gate_TF: Tensor,
     up_TF: Tensor | None,
@@ -228,21 +219,22 @@ def activate(
     gate_term: AdapterTerm | None = None,
     up_term: AdapterTerm | None = None,
 ) -> Tensor:
-    """`act_TF`; see `reference.activate`.  Sums are fp32; ranks at most `MAX_RANK`."""
+    """`act_TF`; see `reference.activate`.  Sums are fp32; ranks at most `launches.MAX_RANK`."""
     T, F = gate_TF.shape
     gate_TF, up_TF = unit_stride(gate_TF), optional_unit_stride(up_TF)
     act_TF = torch.empty((T, F), dtype=gate_TF.dtype, device=gate_TF.device)
     if act_TF.numel():
         gate, up = _arguments(gate_term), _arguments(up_term)
-        grid, rows_each = _ACTIVATE.grid(T, F)
+        block_r = rank_block(gate.rank, up.rank)
+        launch = launch_for("activate", (1 if up_TF is None else 2, F, block_r), gate_TF.element_size(), T)
+        grid, rows_each = launch.grid(T, F)
         with device_guard(gate_TF):
             _activate_kernel[grid](
                 gate_TF, up_TF, act_TF, *gate.pointers, *up.pointers,
                 T, F, rows_each, gate_TF.stride(0), 0 if up_TF is None else up_TF.stride(0),
                 *gate.strides, *up.strides, gate.scaling, up.scaling,
-                KIND=kind, RANK_GATE=gate.rank, RANK_UP=up.rank, BLOCK_R=rank_block(gate.rank, up.rank),
-                BLOCK_T=_ACTIVATE.block_t, BLOCK_F=_ACTIVATE.block_f, num_warps=_ACTIVATE.warps,
-                STAGES=_ACTIVATE.stages,
+                KIND=kind, RANK_GATE=gate.rank, RANK_UP=up.rank, BLOCK_R=block_r,
+                BLOCK_T=launch.block_t, BLOCK_F=launch.block_f, num_warps=launch.warps, STAGES=launch.stages,
             )  # fmt: skip
     return act_TF
 
@@ -266,7 +258,9 @@ def activate_backward(
     dgate_TF, dup_TF = out if out is not None else gradient_places(gate_TF, up_TF, overwrite=overwrite)
     gate, up, down = _arguments(gate_term), _arguments(up_term), _arguments(dact_term)
     sizes = [F * each.rank for each in (gate, up, down)]
-    grid, rows_each = _BACKWARD.grid(T, F)
+    block_r = rank_block(gate.rank, up.rank, down.rank)
+    launch = launch_for("activate_backward", (1 if up_TF is None else 2, F, block_r), gate_TF.element_size(), T)
+    grid, rows_each = launch.grid(T, F)
     sums_SN = torch.empty((grid[1], sum(sizes)), dtype=torch.float32, device=gate_TF.device)
     if gate_TF.numel():
         strides = [0 if x_TF is None else x_TF.stride(0) for x_TF in (*inputs, dgate_TF, dup_TF)]
@@ -276,9 +270,8 @@ def activate_backward(
                 T, F, rows_each, *strides, sums_SN.stride(0), *gate.strides, *up.strides, *down.strides,
                 gate.scaling, up.scaling, down.scaling,
                 KIND=kind, RANK_GATE=gate.rank, RANK_UP=up.rank, RANK_DOWN=down.rank,
-                BLOCK_R=rank_block(gate.rank, up.rank, down.rank),
-                BLOCK_T=_BACKWARD.block_t, BLOCK_F=_BACKWARD.block_f, num_warps=_BACKWARD.warps,
-                STAGES=_BACKWARD.stages,
+                BLOCK_R=block_r,
+                BLOCK_T=launch.block_t, BLOCK_F=launch.block_f, num_warps=launch.warps, STAGES=launch.stages,
             )  # fmt: skip
     else:
         sums_SN.zero_()
@@ -299,14 +292,15 @@ def add(x_TF: Tensor, residual_TF: Tensor, term: AdapterTerm, multiplier: float 
     x_TF, residual_TF = x_TF.contiguous(), unit_stride(residual_TF)
     if x_TF.numel():
         arguments = _arguments(term)
-        grid, rows_each = _ADD.grid(T, F)
+        block_r = rank_block(arguments.rank)
+        launch = launch_for("add", (F, block_r), x_TF.element_size(), T)
+        grid, rows_each = launch.grid(T, F)
         with device_guard(x_TF):
             _add_kernel[grid](
                 x_TF, residual_TF, x_TF, *arguments.pointers,
                 T, F, rows_each, x_TF.stride(0), residual_TF.stride(0), *arguments.strides, term.scaling, multiplier,
-                RANK=arguments.rank, BLOCK_R=rank_block(arguments.rank),
-                BLOCK_T=_ADD.block_t, BLOCK_F=_ADD.block_f, num_warps=_ADD.warps,
-                STAGES=_ADD.stages,
+                RANK=arguments.rank, BLOCK_R=block_r,
+                BLOCK_T=launch.block_t, BLOCK_F=launch.block_f, num_warps=launch.warps, STAGES=launch.stages,
             )  # fmt: skip
     return x_TF
 
@@ -339,14 +333,16 @@ def rotate_(
     if T:
         cos_Sr, sin_Sr = unit_stride(cos_Sr), unit_stride(sin_Sr)
         q, k = _arguments(q_term), _arguments(k_term)
-        grid, rows_each = _ROTATE.shared(T, H + k_THd.shape[1])
+        k_heads, block_r = k_THd.shape[1], rank_block(rank)
+        launch = launch_for("rotate", (H, k_heads, d, block_r if rank else 0), q_THd.element_size(), T)
+        grid, rows_each = launch.shared(T, H + k_heads)
         with device_guard(q_THd):
             _rotate_kernel[grid](
                 q_THd, k_THd, cos_Sr, sin_Sr, *q.pointers, *k.pointers,
                 T, len(cos_Sr), H, rows_each, q_THd.stride(0), k_THd.stride(0), cos_Sr.stride(0), sin_Sr.stride(0),
                 *q.strides, *k.strides, q.scaling, k.scaling,
-                INVERSE=inverse, HALF=half, RANK=rank, BLOCK_R=rank_block(q.rank),
-                BLOCK_T=_ROTATE.block_t, num_warps=_ROTATE.warps, STAGES=_ROTATE.stages,
+                INVERSE=inverse, HALF=half, RANK=rank, BLOCK_R=block_r,
+                BLOCK_T=launch.block_t, num_warps=launch.warps, STAGES=launch.stages,
             )  # fmt: skip
 
 

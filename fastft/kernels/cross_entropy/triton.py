@@ -17,12 +17,7 @@ from torch import Tensor
 from fastft.kernels.cross_entropy import LogitTransform, reference
 from fastft.kernels.cross_entropy.reference import scale_tensor
 from fastft.kernels.launch import device_guard, next_power_of_2
-
-BLOCK_V = 4096
-"""The widest block: the part of a row whose maximum is known before its gradient is written."""
-WARPS = 8
-"""Of a program whose block is BLOCK_V wide; a narrower one has fewer in proportion.  16 elements a thread need 64
-registers, so a multiprocessor holds four programs: while one waits for its maximum, the others load and store."""
+from fastft.kernels.launches import launch_for
 
 _MIN_BLOCK_V = 32  # one warp's threads
 _NEIGHBOURS = tl.constexpr(4)
@@ -178,9 +173,12 @@ def _launch(
     N, V = logits_NV.shape
     if N == 0:
         return
-    block = min(BLOCK_V, max(_MIN_BLOCK_V, next_power_of_2(V)))
+    launch = launch_for("cross_entropy", (V,), logits_NV.element_size(), N)
+    block = min(launch.block_f, max(_MIN_BLOCK_V, next_power_of_2(V)))
+    # A narrower block has fewer warps in proportion.
+    warps = max(1, launch.warps * block // launch.block_f)
     with device_guard(logits_NV):
         _cross_entropy_kernel[(N,)](
             logits_NV, targets_N.contiguous(), scale_1, lse_N, loss_N, divisor_N, V, *logits_NV.stride(),
-            *transform, BLOCK_V=block, num_warps=max(1, WARPS * block // BLOCK_V),
+            *transform, BLOCK_V=block, num_warps=warps,
         )  # fmt: skip

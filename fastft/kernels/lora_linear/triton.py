@@ -18,13 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels.launch import Launch, device_guard, optional_unit_stride, rank_block, unit_stride
+from fastft.kernels.launch import device_guard, optional_unit_stride, rank_block, unit_stride
+from fastft.kernels.launches import MAX_RANK, launch_for
 from fastft.kernels.lora_linear import reference
 from fastft.kernels.lora_linear.reference import Linear
 
 _MAX_LAYERS = 3
-_MAX_RANK = 64
-"""Of one adapter: beyond it the parts, written and read, weigh more than a second reading of dy."""
 _DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -135,11 +134,6 @@ def _sum_kernel(
         tl.store(db_ptr + at_N, sum_N, mask=at_N < db_N)
 
 
-_NARROW, _WIDE = Launch(64, 128, 8, 264, 3), Launch(32, 256, 4, 264, 3)
-"""Of 16-bit elements; the wide one from `_WIDE_COLUMNS` on."""
-_WIDE_COLUMNS = 4096
-_FP32 = Launch(32, 64, 4, 1056, 2)
-"""With the largest rank, too, it has to fit the shared memory of small GPUs."""
 _SUM_PARTS, _SUM_ELEMENTS, _SUM_WARPS = 16, 256, 2
 
 
@@ -166,7 +160,7 @@ def _can_run(adapted: Sequence[tuple[Tensor, Tensor]]) -> bool:
     """Whether the kernels take these dy and B."""
     dtypes = {d.dtype for d, _ in adapted}, {b.dtype for _, b in adapted}
     alike = all(len(kinds) == 1 and kinds <= _DTYPES for kinds in dtypes)
-    fit = all(d.numel() > 0 and b.shape[1] <= _MAX_RANK for d, b in adapted)
+    fit = all(d.numel() > 0 and b.shape[1] <= MAX_RANK for d, b in adapted)
     return alike and fit and len(adapted) <= _MAX_LAYERS
 
 
@@ -215,7 +209,8 @@ class _Parts(NamedTuple):
 
 def _make_parts(layers: _Layers, low_TR: Tensor | None) -> _Parts:
     T, device = len(layers.dy[0]), layers.dy[0].device
-    launch = _FP32 if layers.dy[0].element_size() == 4 else _WIDE if max(layers.widths) >= _WIDE_COLUMNS else _NARROW
+    block_r = rank_block(*layers.ranks)
+    launch = launch_for("narrow_gradients", (*layers.widths, block_r), layers.dy[0].element_size(), T)
     blocks = [-(-width // launch.block_f) for width in layers.widths]
     grid, rows_each = launch.shared(T, sum(blocks))
     dlow_CTR = torch.empty((grid[0], T, max(layers.ranks)), dtype=torch.float32, device=device)
@@ -224,7 +219,7 @@ def _make_parts(layers: _Layers, low_TR: Tensor | None) -> _Parts:
         *layers.dy, *layers.b, low_TR, dlow_CTR, db_SN,
         T, rows_each, *(d.stride(0) for d in layers.dy), 0 if low_TR is None else low_TR.stride(0),
         *layers.widths, *layers.scalings,
-        **layers.constants, BLOCK_R=rank_block(*layers.ranks), BLOCK_T=launch.block_t, BLOCK_O=launch.block_f,
+        **layers.constants, BLOCK_R=block_r, BLOCK_T=launch.block_t, BLOCK_O=launch.block_f,
         STAGES=launch.stages, num_warps=launch.warps,
     )  # fmt: skip
     return _Parts(dlow_CTR, db_SN, blocks)
