@@ -1,6 +1,7 @@
 """What every test shares: the device, the seed, and Triton's interpreter where there is no GPU."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ from hypothesis import settings
 # A machine that is busy with something else is no failure.
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
+
+# What runs in the background of a shell ignores Ctrl-C, and so would the processes that the tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HAS_CUDA = torch.cuda.is_available()
 

@@ -23,6 +23,10 @@ SLACK = {torch.float32: 5e-7, torch.float16: 1e-6, torch.bfloat16: 1e-6}
 INTERPRETED_BF16_FACTOR = 4.0
 
 _empty, _empty_like = torch.empty, torch.empty_like
+# PyTorch remembers the functions that a device context redirects when it first asks for them: before they are replaced
+# below, or `with torch.device("meta")` would go on to allocate real memory in every later test of this process.
+with torch.device("cpu"):
+    torch.zeros(())
 
 
 @pytest.fixture(params=["reference", "triton"])
