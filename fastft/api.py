@@ -280,15 +280,12 @@ def _put_backend_in(
         placement = "full" if checkpointing else "light"
     else:
         placement = checkpointing
-    more: dict[str, Any] = {}
-    if plan is not None:
-        names = ("attention", "loss_chunk_tokens", "mlp_chunk_tokens", "resident_layers", "host_embedding", "graphs")
-        more = {name: getattr(plan.choices, name) for name in (*names, "kernels")}
-    elif isinstance(placement, str) and (config.memory_cap is not None or config.quantization != "none"):
+    planned: dict[str, Any] = {} if plan is None else plan.choices.for_model
+    if plan is None and isinstance(placement, str) and (config.memory_cap is not None or config.quantization != "none"):
         # Who checkpoints wants memory, not dense copies of quantized weights.
         given = config.model_copy(update={"placement": placement})
         placement = automatic(given, residents=not keeps_input_only(cast(Policy, placement)))
-    patch_model(adapted, backend=backend, placement=placement, strict=config.strict, **more)
+    patch_model(adapted, backend=backend, strict=config.strict, **{**planned, "placement": placement})
 
 
 def _backend_name(wanted: str, device: Device) -> str:

@@ -70,6 +70,9 @@ class PlanKey(_Frozen):
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
 
+_NOT_FOR_MODEL = {"backend", "micro_batch", "accumulation"}
+
+
 class Choices(_Frozen):
     """What a run does.  None of it changes what is trained: batch, order, loss and gradients stay."""
 
@@ -92,6 +95,11 @@ class Choices(_Frozen):
     """Whether CUDA graphs replay the layers; auto: where a step is small enough to be bound by its launches."""
     kernels: dict[str, list[int]] = {}
     """Launches other than the kernels' defaults: bucket → fields (see `fastft.kernels.launches`, which checks them)."""
+
+    @property
+    def for_model(self) -> dict[str, Any]:
+        """All but the backend and how the batch is cut, by the names of `fastft.engine.patch.patch_model`."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in _NOT_FOR_MODEL}
 
     def summary(self) -> str:
         """One phrase for people: `triton, 4×2 sequences, placement 20×light + 12×full`."""

@@ -35,13 +35,7 @@ class Placed(NamedTuple):
     @classmethod
     def of(cls, choices: Choices) -> "Placed":
         """The part of a plan's choices that is about memory."""
-        return cls(
-            list(choices.placement),
-            choices.loss_chunk_tokens,
-            choices.mlp_chunk_tokens,
-            choices.resident_layers,
-            choices.host_embedding,
-        )
+        return cls(**{name: getattr(choices, name) for name in cls._fields})
 
 
 @dataclass
@@ -80,10 +74,8 @@ class EngineSettings:
         asked = (*size, optimizer_step.steps() > self.steps_before)
         if asked not in self.chosen:
             self.chosen[asked] = self.choose_placement(*size)
-        placed = self.chosen[asked]
-        self.placement, self.loss_chunk_tokens = placed.placement, placed.loss_chunk_tokens
-        self.mlp_chunk_tokens, self.resident_layers = placed.mlp_chunk_tokens, placed.resident_layers
-        self.host_embedding = placed.host_embedding
+        for name, value in self.chosen[asked]._asdict().items():
+            setattr(self, name, value)
 
 
 @dataclass

@@ -144,19 +144,7 @@ def build_session(config: RunConfig, choices: Choices, *, seed: int | None = Non
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
     else:
-        patch_model(
-            model,
-            backend=choices.backend,
-            placement=choices.placement,
-            attention=choices.attention,
-            loss_chunk_tokens=choices.loss_chunk_tokens,
-            mlp_chunk_tokens=choices.mlp_chunk_tokens,
-            resident_layers=choices.resident_layers,
-            host_embedding=choices.host_embedding,
-            graphs=choices.graphs,
-            kernels=choices.kernels,
-            strict=config.strict,
-        )
+        patch_model(model, backend=choices.backend, strict=config.strict, **choices.for_model)
     tokenizer = load_tokenizer(resolved, offline=config.offline, trust_remote_code=config.trust_remote_code)
     return Session(model, tokenizer, config, choices, device, dtype)
 
