@@ -211,7 +211,8 @@ def test_without_a_plan_the_placement_follows_the_batch_and_the_cap(caplog):
     tight = FastLanguageModel.get_peft_model(load(memory_cap=1_000_000), r=2, use_gradient_checkpointing="unsloth")
     with caplog.at_level(logging.WARNING, logger="fastft"):
         gradients_of(tight)
-    assert placement_of(tight) == ["full"] * 3
+    # A CPU has no other memory to move to.
+    assert placement_of(tight) == ["offload" if torch.cuda.is_available() else "full"] * 3
     assert "nothing is predicted to fit" in caplog.text
 
 

@@ -53,6 +53,10 @@ class AdapterBank:
         distinct = len({id(m) for m in matrices}) == len(matrices)
         return len(kinds) == 1 and distinct and type(matrices[0]) is torch.nn.Parameter
 
+    def is_of(self, layers: Sequence[LayerParts]) -> bool:
+        """Whether this has the adapters of `layers`, and no others."""
+        return list(map(id, self.parameters)) == list(map(id, _in_order(layers)))
+
     def holds(self) -> bool:
         """Whether the parameters still have their storage here; `model.to`, for one, gives them another."""
         return self._addresses == [parameter.data_ptr() for parameter in self.parameters]

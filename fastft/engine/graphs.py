@@ -20,6 +20,7 @@ from fastft.engine.bank import AdapterBank
 from fastft.engine.offload import HostBuffers
 from fastft.engine.parts import LayerCall, LayerParts, StepContext
 from fastft.engine.runs import Kept, Run, backward_run, forward_run
+from fastft.memory.layer import is_recorded
 
 log = logging.getLogger("fastft")
 
@@ -34,9 +35,6 @@ _FEWEST_PLACES = 64
 """Of packed documents, in powers of four from here: an empty one costs less than another recording."""
 MOST_RECORDINGS = 32
 """Shapes that come later than these run without."""
-LAYER_FLOPS = 4e12
-"""Above this a layer's forward and backward keep an H200 busy for over 6 ms, longer than any host needs to launch
-them (docs/log.md), and a recording would only pin memory."""
 
 _Result = TypeVar("_Result")
 
@@ -171,7 +169,7 @@ class Graphs:
 
     def worth_it(self, tokens: int) -> bool:
         """Whether a step of so many tokens is small enough."""
-        return self._always or 4.0 * tokens * self._weight_elements < LAYER_FLOPS
+        return is_recorded("on" if self._always else "auto", tokens, self._weight_elements)
 
     def _record(
         self, x_BSD: torch.Tensor, run: Run, bank: AdapterBank, first: int, needs_dx: bool, tokens: int

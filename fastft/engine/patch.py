@@ -80,7 +80,7 @@ def patch_model(
             dequantize them at each use.
         host_embedding: the input embedding stays in host memory, from where the GPU reads the rows that it needs.
         graphs: auto replays CUDA graphs where a step is small enough to be bound by its launches, on for any size,
-            off never.
+            off never.  Where `placement` is a function, its answer counts.
         kernels: the Triton kernels' launches where they are not the defaults, as `fastft.plan.Choices.kernels` has
             them.  They hold for the whole process, until a model is patched again.
         strict: a decoder layer, norm, LoRA linear, or head with loss that cannot run fused is an error instead of a

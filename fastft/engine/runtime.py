@@ -51,9 +51,10 @@ class _Launched(NamedTuple):
 class Segment:
     """Neighbouring layers that can all run fused, with their adapters in one bank where that is possible."""
 
-    def __init__(self, indices: Sequence[int], parts: Sequence[LayerParts]) -> None:
+    def __init__(self, indices: Sequence[int], parts: Sequence[LayerParts], bank: AdapterBank | None = None) -> None:
+        """`bank` is taken over if it is these layers'."""
         self.indices, self.parts = list(indices), list(parts)
-        self._bank: AdapterBank | None = None
+        self.bank = bank if bank is not None and bank.is_of(parts) else None
         self._graphs: Graphs | None = None
         self._work: list[LayerParts] = []
         self._work_dtype: torch.dtype | None = None
@@ -68,14 +69,14 @@ class Segment:
 
     def prepare(self, dtype: torch.dtype) -> tuple[list[LayerParts], AdapterBank | None]:
         """The layers' parts for a forward in `dtype`, and the bank whose working copy they read."""
-        if self._bank is None or not self._bank.holds():
+        if self.bank is None or not self.bank.holds():
             if not AdapterBank.fits(self.parts):
                 return self.parts, None
-            self._bank, self._work_dtype = AdapterBank(self.parts), None
+            self.bank, self._work_dtype = AdapterBank(self.parts), None
             optimizer_step.install()
         if self._work_dtype != dtype:
-            self._work, self._work_dtype = self._bank.work_layers(self.parts, dtype), dtype
-        return self._work, self._bank
+            self._work, self._work_dtype = self.bank.work_layers(self.parts, dtype), dtype
+        return self._work, self.bank
 
 
 class Runtime:
@@ -139,7 +140,7 @@ class Runtime:
             ]
             self._parts = self._resident.of(self._parts, resident_layers)
             self._resident_layers = resident_layers
-            self._segments = _segments(self._parts)
+            self._segments = _segments(self._parts, self._segments)
             self._kinds = [None if parts is None else _kind(parts) for parts in self._parts]
         assert self._watch is not None
         self._gathering = gather and not self._watch.has_hooks
@@ -147,6 +148,10 @@ class Runtime:
         self._mlp_chunk_tokens = mlp_chunk_tokens
         self._told, self._launched = {}, None
         self._stand_in, self._documents = None, None
+
+    def expect_others(self) -> None:
+        """What comes next will not be what came last: nothing is launched before it was asked for."""
+        self._usual = None
 
     def end(self) -> None:
         """The forward is over, or failed."""
@@ -318,13 +323,15 @@ def _kind(parts: LayerParts) -> tuple[Any, ...] | None:
     return parts.window, parts.softcap, parts.head_dim, parts.input_norm.weight_D.dtype
 
 
-def _segments(parts: Sequence[LayerParts | None]) -> list[Segment]:
+def _segments(parts: Sequence[LayerParts | None], earlier: Sequence[Segment]) -> list[Segment]:
+    """The segments of these layers, with the banks of `earlier` ones: a second bank would hold every adapter twice."""
+    banks = {tuple(segment.indices): segment.bank for segment in earlier}
     segments: list[Segment] = []
     run: list[int] = []
     for index, of_layer in enumerate([*parts, None]):
         if of_layer is not None:
             run.append(index)
         elif run:
-            segments.append(Segment(run, [each for i in run if (each := parts[i]) is not None]))
+            segments.append(Segment(run, [each for i in run if (each := parts[i]) is not None], banks.get(tuple(run))))
             run = []
     return segments

@@ -31,6 +31,7 @@ class Placed(NamedTuple):
     mlp_chunk_tokens: int | None = None
     resident_layers: int = 0
     host_embedding: bool = False
+    graphs: GraphMode = "auto"
 
     @classmethod
     def of(cls, choices: Choices) -> "Placed":
@@ -74,7 +75,10 @@ class EngineSettings:
         asked = (*size, optimizer_step.steps() > self.steps_before)
         if asked not in self.chosen:
             self.chosen[asked] = self.choose_placement(*size)
-        for name, value in self.chosen[asked]._asdict().items():
+        placed = self.chosen[asked]
+        if placed.placement != self.placement:
+            self.runtime.expect_others()
+        for name, value in placed._asdict().items():
             setattr(self, name, value)
 
 

@@ -5,13 +5,14 @@ What may be given up for memory, and what it costs, in FLOPs a token:
     a layer's placement     what it computes again (`memory.model.recompute_flops`), or waits for the bus
     loss chunk, MLP chunk   smaller products, which run a little slower
     host embedding          a row a token crosses the bus, once a step
+    CUDA graphs             without them the host's launches bind a small step
     resident layers         memory that is left over keeps quantized weights dense: they are not dequantized again
 
 Used where nothing was measured.  A tuned plan rests on measured peaks and times.
 """
 
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, product
 from typing import NamedTuple
 
 from fastft.config import RunConfig
@@ -23,6 +24,7 @@ from fastft.memory.model import (
     estimate_peak_bytes,
     memory_terms,
     recompute_flops,
+    records,
     step_flops,
 )
 from fastft.models.shapes import ModelShape
@@ -34,6 +36,9 @@ MLP_CHUNKS = (8192, 2048)
 """Tokens of an MLP at a time that are tried where the whole does not fit: products of so many rows still fill a GPU."""
 _FLOPS_A_MOVED_BYTE = 12_000
 """What a GPU computes while a byte crosses to the host or back: H200 650e12 over 54e9, A100 250e12 over 24e9."""
+_LAUNCHING_FLOPS = 1.8e12
+"""What a GPU computes while the host launches a layer's forward and backward: some 2.7 ms (docs/log.md, 2026-11-25: at
+1.5e12 a step without graphs takes 9 % longer)."""
 _SMALLER_PRODUCTS = 0.02
 """Share by which products in chunks are assumed slower, a halving of their rows each."""
 
@@ -141,8 +146,11 @@ def _options(
     a = DTYPE_BYTES.get(resolve_dtype(config.dtype, device) if device is not None else config.dtype, 2)
     on_gpu = device is None or device.kind == "cuda"
     mlp_flops = 4.0 * (2 + shape.spec.gated) * shape.hidden * shape.intermediate * shape.layers
-    for host in [False, True] if on_gpu and not shape.tied_embeddings else [False]:
-        of_host = shape.hidden * a * _FLOPS_A_MOVED_BYTE if host else 0.0
+    of_host = float(shape.hidden * a * _FLOPS_A_MOVED_BYTE)
+    of_launches = max(0.0, _LAUNCHING_FLOPS / tokens - step_flops(shape, config.sequence_tokens)) * shape.layers
+    of_graphs = {choices.graphs: 0.0, **({"off": of_launches} if records(shape, choices, config, device) else {})}
+    of_homes = {False: 0.0, **({True: of_host} if on_gpu and not shape.tied_embeddings else {})}
+    for (graphs, price), (host, more) in product(of_graphs.items(), of_homes.items()):
         for loss_chunk in dict.fromkeys((choices.loss_chunk_tokens, min(choices.loss_chunk_tokens, SMALL_LOSS_CHUNK))):
             halvings = (choices.loss_chunk_tokens / loss_chunk - 1) / 2
             of_loss = _SMALLER_PRODUCTS * halvings * 4.0 * shape.hidden * shape.vocabulary
@@ -155,9 +163,10 @@ def _options(
                             "loss_chunk_tokens": loss_chunk,
                             "mlp_chunk_tokens": mlp_chunk,
                             "resident_layers": 0,
+                            "graphs": graphs,
                         }
                     ),
-                    of_host + of_loss + of_mlp,
+                    price + more + of_loss + of_mlp,
                 )
 
 

@@ -1,7 +1,8 @@
 """What one decoder layer of the engine keeps for its backward, and what that backward needs while it runs.
 
-The twin of `fastft.engine.layer`, in bytes: `saved_tensors` of what each policy saves, `working_bytes` of the moments
-at which most is alive.  Adapters of rank above the Triton kernels' and norms of another kind than RMS keep some more.
+The twin of `fastft.engine.layer`, in bytes: `saved_tensors` of what each policy saves, `forward_bytes` and
+`working_bytes` of the moments at which most is alive.  Adapters of rank above the Triton kernels' and norms of another
+kind than RMS keep some more.
 
 Legend: D model, F feed-forward, f the share of F that a tiled MLP has at hand, Q = heads × head size, K = key/value
 heads × head size, g 2 with a gate and 1 without; `a` bytes an activation element.
@@ -14,12 +15,16 @@ from fastft.plan import OFFLOADED, POLICIES, Policy
 
 WORTH_MOVING_BYTES = 2**20
 """Smaller tensors of an offloaded layer stay on the device: their copies would cost more launches than they free."""
+RECORDED_LAYER_FLOPS = 4e12
+"""Above this a layer's forward and backward keep an H200 busy for over 6 ms, longer than any host needs to launch
+them (docs/log.md), and recording them as CUDA graphs would only pin memory."""
 _ROUND_UP = 64
 """Slices of a tiled MLP have a multiple of so many rows."""
 
 
 class Moment(NamedTuple):
-    """What is alive at one moment of a layer's backward, beyond what the layers saved and the gradient that came in."""
+    """What is alive at one moment of a layer, beyond what other layers saved and, in its backward, what it saved itself
+    and the gradient that came in."""
 
     per_token: float
     """Bytes."""
@@ -57,17 +62,43 @@ def working_bytes(
     return {policy: _moments(shape, a, backend, policy, tokens, mlp_chunk_tokens) for policy in POLICIES}
 
 
+def forward_bytes(
+    shape: ModelShape, a: int, rank: int, tokens: int, mlp_chunk_tokens: int | None
+) -> dict[Policy, Moment]:
+    """What is alive when a layer's forward makes its output: all that it made, saved or not, and its input.
+
+    Beside what any policy would save: the activation, what the MLP's norm gives, the output, and the embeddings, which
+    Hugging Face's loop holds until its end.
+    """
+    D, F, spec = shape.hidden, shape.intermediate, shape.spec
+    made = sum(saved_tensors(shape, a, rank)["keep"]) - a * F * (1 + spec.gated)
+    down = list(shape.linear_sizes.values())[-1]
+    shares = {policy: _tile_share(policy, tokens, mlp_chunk_tokens) for policy in POLICIES}
+    return {p: Moment(made + a * (F * share * (2 + spec.gated) + 3 * D), down) for p, share in shares.items()}
+
+
+def is_recorded(graphs: str, tokens: int, layer_weights: int) -> bool:
+    """Whether layers of so many weights replay CUDA graphs on so many tokens, where nothing else forbids it."""
+    return graphs == "on" or (graphs == "auto" and 4.0 * tokens * layer_weights < RECORDED_LAYER_FLOPS)
+
+
+def _tile_share(policy: Policy, tokens: int, mlp_chunk_tokens: int | None) -> float:
+    """The share of its tokens that a layer's MLP has at hand; a layer that saves gate and up has all."""
+    if mlp_chunk_tokens is None or OFFLOADED.get(policy, policy) not in ("mlp", "full"):
+        return 1.0
+    rows = -(-min(mlp_chunk_tokens, tokens) // _ROUND_UP) * _ROUND_UP
+    return min(1.0, rows / tokens)
+
+
 def _moments(
     shape: ModelShape, a: int, backend: str, policy: Policy, tokens: int, mlp_chunk_tokens: int | None
 ) -> list[Moment]:
+    share = _tile_share(policy, tokens, mlp_chunk_tokens)
     policy = OFFLOADED.get(policy, policy)
     D, F, spec = shape.hidden, shape.intermediate, shape.spec
     Q, K = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     g = 1 + spec.gated
-    f, tiled = float(F), False
-    if mlp_chunk_tokens is not None and policy in ("mlp", "full"):
-        rows = -(-min(mlp_chunk_tokens, tokens) // _ROUND_UP) * _ROUND_UP
-        f, tiled = F * min(1.0, rows / tokens), rows < tokens
+    f, tiled = F * share, share < 1.0
     sizes = shape.linear_sizes
     down, gate = list(sizes.values())[-1], sizes[shape.gate_up_names[0]]
     # Computed again: q, k, v, attention's output, x₂; gate and up.

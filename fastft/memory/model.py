@@ -14,7 +14,7 @@ from itertools import groupby
 
 from fastft.config import RunConfig
 from fastft.hardware import Device, resolve_dtype
-from fastft.memory.layer import WORTH_MOVING_BYTES, saved_tensors, working_bytes
+from fastft.memory.layer import WORTH_MOVING_BYTES, forward_bytes, is_recorded, saved_tensors, working_bytes
 from fastft.models.shapes import ModelShape
 from fastft.plan import OFFLOADED, POLICIES, Choices, Policy
 
@@ -46,40 +46,48 @@ class MemoryTerms:
     saved: dict[Policy, int]
     """What one decoder layer keeps on the device from its forward to its backward."""
     working: dict[Policy, int]
-    """What the backward of one decoder layer needs while it runs: recomputed activations and gradients."""
+    """What the backward of one decoder layer needs while it runs beside what it saved: recomputed activations and
+    gradients."""
     head: int
     """Final norm, a chunk of logits and its gradient."""
     gradients: int = 0
     """Of all adapters: they grow layer by layer, and are joined to one buffer at the end."""
     moved: dict[Policy, int] = field(default_factory=dict)
     """What one decoder layer copies to the host and back; nothing where it is not named."""
+    forward: dict[Policy, int] = field(default_factory=dict)
+    """What the forward of one decoder layer has made when it ends, whatever of it is saved; nothing where it is not
+    named."""
+    recording: int = 0
+    """What CUDA graphs keep beside all that: a recording's own inputs, outputs and gradients."""
 
     def peak(self, placement: Sequence[Policy]) -> int:
-        """The highest sum along the backward, which frees what layers saved from the last layer to the first."""
+        """The highest sum along forward and backward, which frees what layers saved from the last to the first."""
         return self.peak_of_runs([(policy, len(list(run))) for policy, run in groupby(placement)])
 
     def peak_of_runs(self, runs: Sequence[tuple[Policy, int]]) -> int:
         """`peak` of so many layers of each policy, from the first to the last."""
+        runs = [run for run in runs if run[1]]
         layers = sum(count for _, count in runs)
-        standing = self.model + sum(self.saved[policy] * count for policy, count in runs)
+        standing = self.model + self.recording + sum(self.saved[policy] * count for policy, count in runs)
         # The last layer's share never leaves: it is needed again at once.
-        highest, done = standing + self.head + self.moved.get(_last(runs), 0), 0
-        for policy, count in reversed(runs):
-            if not count:
-                continue
+        highest, done = standing + self.head + self.moved.get(runs[-1][0], 0), 0
+        for place in range(len(runs) - 1, -1, -1):
+            policy, count = runs[place]
+            saved, own = self.saved[policy], self.moved.get(policy, 0)
+            before = self.moved.get(runs[place - 1][0], 0) if place else 0
+            # In a layer's forward, what the one before it moves is still leaving; in its backward, on its way back.
+            highest = max(highest, standing - saved + self.forward.get(policy, 0) + (own if count > 1 else before))
             # Within a run the sum falls with each layer that is done or, where hardly anything is saved, rises with the
             # gradients: one of its ends is the highest.
-            first = standing + self.gradients * done // layers
-            standing -= self.saved[policy] * (count - 1)
+            working = self.working[policy] + own
+            if count > 1:
+                second = standing - saved * (count - 2) + self.gradients * (done + count - 2) // layers
+                highest = max(highest, max(standing + self.gradients * done // layers, second) + working + own)
+            standing -= saved * (count - 1)
             done += count
-            last = standing + self.gradients * (done - 1) // layers
-            highest = max(highest, max(first, last) + self.working[policy])
-            standing -= self.saved[policy]
-        return max(highest, self.model + 2 * self.gradients)
-
-
-def _last(runs: Sequence[tuple[Policy, int]]) -> Policy:
-    return next(policy for policy, count in reversed(runs) if count)
+            highest = max(highest, standing + self.gradients * (done - 1) // layers + working + before)
+            standing -= saved
+        return max(highest, self.model + self.recording + 2 * self.gradients)
 
 
 def memory_terms(shape: ModelShape, choices: Choices, config: RunConfig, device: Device | None = None) -> MemoryTerms:
@@ -94,7 +102,7 @@ def memory_terms(shape: ModelShape, choices: Choices, config: RunConfig, device:
     dtype = resolve_dtype(config.dtype, device) if device is not None else config.dtype
     a = DTYPE_BYTES.get(dtype, 2)
     T = choices.micro_batch * config.sequence_tokens
-    D, V = shape.hidden, shape.vocabulary
+    D, V, sizes = shape.hidden, shape.vocabulary, shape.linear_sizes.values()
     fused = choices.backend != "peft"
     trainable = shape.lora_parameters(config.lora.rank, config.lora.targets or shape.spec.targets)
     # The fused layers read the adapters from a copy in their own dtype.
@@ -110,7 +118,7 @@ def memory_terms(shape: ModelShape, choices: Choices, config: RunConfig, device:
         stock = dict.fromkeys(POLICIES, everything) | checkpointed
         d_layer = a * (3 * D + 2 * (shape.heads + shape.kv_heads) * shape.head_dim)
         d_layer += a * shape.intermediate * (2 + shape.spec.gated)
-        dequantized = max(i * o for i, o in shape.linear_sizes.values()) * a if config.quantization != "none" else 0
+        dequantized = max(map(math.prod, sizes)) * a if config.quantization != "none" else 0
         return MemoryTerms(
             model=model,
             saved={p: math.ceil(T * stock[p]) for p in POLICIES},
@@ -135,16 +143,31 @@ def memory_terms(shape: ModelShape, choices: Choices, config: RunConfig, device:
     }
     # Triton's loss works in the logits' place, plain PyTorch's on fp32 copies.
     head = min(choices.loss_chunk_tokens, T) * V * (a if choices.backend == "triton" else a + 4)
+    forward = {
+        p: math.ceil(T * moment.per_token + dense * math.prod(moment.weight))
+        for p, moment in forward_bytes(shape, a, config.lora.rank, T, choices.mlp_chunk_tokens).items()
+    }
+    # The layers' input, output and the gradient that comes in, and the adapters' gradients.
+    recording = T * 3 * D * a + gradients if records(shape, choices, config, device) else 0
     return MemoryTerms(
         model=model,
         saved={p: math.ceil(T * sum(saved[p])) - moved[p] for p in POLICIES},
-        # Of what goes to the host, the device holds one layer's share in use and one on its way.
-        working={p: math.ceil(size) + 2 * moved[p] for p, size in working.items()},
+        working={p: math.ceil(size) for p, size in working.items()},
         # Final norm's input and output, the labelled rows of that, and their gradient.
         head=math.ceil(head + T * 4 * D * a),
         gradients=gradients,
         moved={p: size for p, size in moved.items() if size},
+        forward=forward,
+        recording=recording,
     )
+
+
+def records(shape: ModelShape, choices: Choices, config: RunConfig, device: Device | None = None) -> bool:
+    """Whether a run of `choices` replays CUDA graphs, if its batches allow it."""
+    if choices.backend == "peft" or config.lora.dropout or (device is not None and device.kind != "cuda"):
+        return False
+    weights = sum(map(math.prod, shape.linear_sizes.values()))
+    return is_recorded(choices.graphs, choices.micro_batch * config.sequence_tokens, weights)
 
 
 def _base_bytes(shape: ModelShape, choices: Choices, config: RunConfig, a: int) -> float:

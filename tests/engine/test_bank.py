@@ -12,6 +12,7 @@ from torch import Tensor
 from fastft import patch_model, unpatch_model
 from fastft.engine import optimizer_step
 from fastft.engine.bank import ALIGNMENT, bank_of
+from fastft.engine.state import state_of
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -83,6 +84,16 @@ def test_parameters_that_moved_are_gathered_again(patched, batch_of):
     model(**on_device(model, batch_of("none"))).loss.backward()
     assert bank_of(parameter) is not first
     assert bank_of(parameter).holds()
+
+
+def test_layers_that_are_read_again_keep_their_buffer(patched, batch_of):
+    """Two buffers at a time would hold every adapter twice."""
+    model, _, _ = patched
+    parameter = next(iter(adapters_of(model).values()))
+    first = bank_of(parameter)
+    state_of(model.get_base_model()).settings.resident_layers = 1  # the layers' parts are read anew
+    model(**on_device(model, batch_of("none"))).loss.backward()
+    assert bank_of(parameter) is first
 
 
 def test_a_change_between_forward_and_backward_is_noticed(patched, batch_of):

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from fastft import ledger_of, patch_model
-from fastft.engine import forwards
+from fastft.engine import forwards, optimizer_step
 from fastft.engine.forwards import without_padding
 from fastft.engine.head import LazyLogitsOutput
 from fastft.engine.runtime import Runtime
+from fastft.engine.state import Placed, state_of
 from fastft.models.kv_cache import KV_CACHE
 
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32
@@ -218,6 +219,22 @@ def test_what_changed_is_noticed_behind_the_launch_and_the_forward_runs_again(
     assert error_of(results[1][1], results[0][1]) < TOLERANCE
     step(model, batch)
     assert begun[3:] == [True]
+
+
+def test_another_placement_for_the_same_sizes_runs_once(toy, batch_of, step, begun, monkeypatch):
+    """Launched as last time it would run twice, once with a placement that may need more memory than there is."""
+    before, made = optimizer_step.steps(), list[int]()  # one entry an optimizer step
+    monkeypatch.setattr(optimizer_step, "steps", lambda: before + len(made))
+    model = toy()
+    patch_model(model, backend="eager", placement=lambda *_: Placed(["full" if made else "light"] * 3, 2048))
+    batch = batch_of("none")
+    step(model, batch)
+    step(model, batch)
+    made.append(1)
+    step(model, batch)
+    step(model, batch)
+    assert begun == [True] * 4
+    assert state_of(model.get_base_model()).settings.placement == ["full"] * 3
 
 
 def test_an_error_of_layers_that_changed_is_not_the_users(toy, batch_of, step, error_of):

@@ -131,24 +131,32 @@ def test_the_interpreted_kernels_too(unknown, batch_of, step, error_of):
 
 @pytest.mark.parametrize("family", ["gpt_neox", "olmo2", "qwen3_moe"])
 def test_bf16_errs_no_more_than_stock(family, unknown, batch_of, step):
-    """With PEFT's usual fp32 adapters, and under autocast as well as without."""
-    batch = batch_of("right")
+    """With PEFT's usual fp32 adapters, and under autocast as well as without.
+
+    Over several batches: where rounding makes a router choose another expert, one batch says little.
+    """
+    batches = [batch_of("right", seed=seed) for seed in range(3, 11)]
     model = unknown(family, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    _, exact = step(copy.deepcopy(model).float(), batch)
+    reference = copy.deepcopy(model).float()
+    exact = [_flat(step(reference, batch)[1]) for batch in batches]
 
-    def error(gradients: dict[str, Tensor]) -> float:
-        flat, flat_exact = (torch.cat([g[name].flatten().double() for name in exact]) for g in (gradients, exact))
-        return float((flat - flat_exact).norm() / flat_exact.norm())
+    def error() -> float:
+        errors = [_flat(step(model, batch)[1]) - each for batch, each in zip(batches, exact, strict=True)]
+        return float(torch.cat(errors).norm() / torch.cat(exact).norm())
 
     for on in (False, True):
         with torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16, enabled=on):
             unpatch_model(model)
-            _, stock = step(model, batch)
+            stock = error()
             patch_model(model, backend="eager", strict=True)
-            _, fused = step(model, batch)
-        assert 1e-4 < error(stock) < 0.2
-        assert error(fused) <= 1.5 * error(stock)
+            fused = error()
+        assert 1e-4 < stock < 0.2
+        assert fused <= 1.5 * stock
+
+
+def _flat(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat([gradients[name].flatten().double() for name in sorted(gradients)])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -15,6 +15,7 @@ from fastft import patch_model
 from fastft.engine import graphs, offload
 from fastft.engine.graphs import WARM_RUNS, Graphs
 from fastft.engine.runtime import Segment
+from fastft.memory import layer as memory_of_layers
 
 
 def copy_into(old: Any, new: Any) -> None:
@@ -281,7 +282,7 @@ def test_auto_records_small_runs_only(recorder, toy, batch_of, monkeypatch):
     model = toy()
     patch_model(model, backend="eager")
     batch = batch_of("none")
-    monkeypatch.setattr(graphs, "LAYER_FLOPS", 1.0)
+    monkeypatch.setattr(memory_of_layers, "RECORDED_LAYER_FLOPS", 1.0)
     warm_up(model, batch)
     model(**on_device(model, batch)).loss.backward()
     assert recorder.recorded == 0

@@ -23,7 +23,9 @@ GIB = 2**30
 
 
 def choices(placement: list[Policy], backend: str = "eager", micro_batch: int = 4) -> Choices:
-    return Choices(backend=backend, micro_batch=micro_batch, accumulation=16 // micro_batch, placement=placement)
+    return Choices(
+        backend=backend, micro_batch=micro_batch, accumulation=16 // micro_batch, placement=placement, graphs="off"
+    )
 
 
 def test_policies_are_ordered_by_what_they_save() -> None:
@@ -124,6 +126,40 @@ def test_the_peak_follows_the_backward() -> None:
     assert terms.peak(["light", "full"]) == 100 + 40 + 35
     assert terms.peak(["keep", "keep"]) == 100 + 80 + 8  # the head's
     assert terms.peak(["full", "keep"]) == 100 + 50 + 8
+
+
+def test_the_layer_before_is_on_its_way_while_a_layer_runs() -> None:
+    terms = MemoryTerms(
+        model=100, saved={"offload": 0, "light": 30}, working={"offload": 5, "light": 5}, head=1, moved={"offload": 20}
+    )  # type: ignore[typeddict-item]
+    assert terms.peak(["offload", "light"]) == 100 + 30 + 5 + 20
+    assert terms.peak(["light", "light"]) == 100 + 2 * 30 + 5
+    assert terms.peak(["offload", "light", "light"]) == 100 + 2 * 30 + 5  # it comes when one is done
+    assert terms.peak(["offload", "offload"]) == 100 + 5 + 2 * 20
+    assert terms.peak(["light", "offload"]) == 100 + 30 + 5 + 20
+
+
+def test_a_forward_holds_all_that_it_made() -> None:
+    terms = MemoryTerms(
+        model=100, saved={"offload": 0, "full": 10, "light": 30}, working={"offload": 5, "full": 5, "light": 5}, head=1,
+        moved={"offload": 20}, forward={"offload": 70, "full": 70, "light": 70},
+    )  # type: ignore[typeddict-item]  # fmt: skip
+    assert terms.peak(["full", "light"]) == 100 + 10 + 70
+    assert terms.peak(["offload", "light"]) == 100 + 20 + 70
+    assert terms.peak(["light", "light", "offload"]) == 100 + 2 * 30 + 70
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_recording_has_tensors_of_its_own(rows: int) -> None:
+    shape, config = SHAPES["llama-3-8b"], RunConfig(sequence_tokens=1024, dtype="bf16", batch_size=4)
+    launched, recorded, automatic = (
+        memory_terms(shape, choices(["light"] * 32, "triton", rows).model_copy(update={"graphs": graphs}), config, GPU)
+        for graphs in ("off", "on", "auto")
+    )
+    own = rows * 1024 * 3 * 4096 * 2 + recorded.gradients
+    assert (launched.recording, recorded.recording) == (0, own)
+    assert automatic.recording == (own if rows == 1 else 0), "large steps are not recorded"
+    assert recorded.peak(["light"] * 32) == launched.peak(["light"] * 32) + own
 
 
 def test_recomputation_counts_flops() -> None:
