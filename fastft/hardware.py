@@ -44,6 +44,8 @@ class Device:
     """CPU cores that this process may use: affinity and cgroup quota respected."""
     bus_id: str | None = None
     """PCI address of a GPU; tells equal GPUs of one machine apart."""
+    host_memory_bytes: int | None = None
+    """Of a GPU's host, as far as its cgroup lets this process have it; None where that is not known."""
 
 
 def detect_device(wanted: str = "auto") -> Device:
@@ -213,6 +215,7 @@ def _cuda_device() -> Device | str:
             memory_bytes=integer("cuDeviceTotalMem_v2", device, kind=ctypes.c_size_t),
             cores=_usable_cores(),
             bus_id=bus_id.value.decode(errors="replace") or None,
+            host_memory_bytes=_usable_memory(),
         )
     except OSError as error:
         return str(error)

@@ -6,13 +6,14 @@ are.  On a CPU there is nowhere to go, and nothing moves.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from fastft.engine.saved import Saved
 from fastft.engine.streams import side_stream
 from fastft.kernels.launch import next_power_of_2
-from fastft.memory.layer import WORTH_MOVING_BYTES
+from fastft.memory.layer import HOST_PIECE_BYTES, WORTH_MOVING_BYTES
 
 _WORTH_MOVING = WORTH_MOVING_BYTES
 
@@ -80,7 +81,7 @@ class Transfer:
 
     def __init__(self, tensors: Sequence[torch.Tensor | None], buffers: HostBuffers | None = None) -> None:
         self._here: list[torch.Tensor | None] = list(tensors)
-        self._host: dict[int, torch.Tensor] = {}
+        self._host: dict[int, _Parked] = {}
         self._left = False
         large = [i for i, t in enumerate(tensors) if t is not None and t.is_cuda and t.nbytes >= _WORTH_MOVING]
         if not large:
@@ -93,8 +94,9 @@ class Transfer:
                 t = tensors[i]
                 assert t is not None
                 # PyTorch keeps page-locked memory for later: only the first step waits for the operating system.
-                host = torch.empty(t.shape, dtype=t.dtype, pin_memory=True) if buffers is None else buffers.take(t)
-                self._host[i] = host.copy_(t, non_blocking=True)
+                take = _page_locked_like if buffers is None else buffers.take
+                pieces = [take(piece).copy_(piece, non_blocking=True) for piece in in_pieces(t)]
+                self._host[i] = _Parked(t.shape, t.dtype, pieces)
             self._copied = self._stream.record_event()
 
     def leave(self) -> None:
@@ -109,15 +111,17 @@ class Transfer:
         """Start copying back, if the tensors left."""
         if not self._left:
             return
-        for i, host in self._host.items():
+        for i, parked in self._host.items():
             # On the computing stream, whose earlier work may still use this memory: so the copies wait for it.
-            self._here[i] = torch.empty(host.shape, dtype=host.dtype, device=self._device)
+            self._here[i] = torch.empty(parked.shape, dtype=parked.dtype, device=self._device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            for i, host in self._host.items():
+            for i, parked in self._host.items():
                 here = self._here[i]
                 assert here is not None
-                here.copy_(host, non_blocking=True)
+                parts = [here] if len(parked.pieces) == 1 else in_pieces(here)
+                for part, piece in zip(parts, parked.pieces, strict=True):
+                    part.copy_(piece, non_blocking=True)
             self._copied = self._stream.record_event()
         self._left = False
 
@@ -127,6 +131,32 @@ class Transfer:
         if self._host:
             torch.cuda.current_stream(self._device).wait_event(self._copied)
         return list(self._here)
+
+
+class _Parked(NamedTuple):
+    shape: torch.Size
+    dtype: torch.dtype
+    pieces: list[torch.Tensor]
+    """In host memory: the whole, or the tensor's elements one after the other."""
+
+
+def in_pieces(t: torch.Tensor) -> list[torch.Tensor]:
+    """A contiguous tensor's elements in pieces whose bytes are powers of two, and a rest; any other tensor as it is.
+
+    PyTorch rounds page-locked memory up to powers of two: of one large piece, up to half would be wasted.
+    """
+    if not t.is_contiguous():
+        return [t]
+    pieces, left = [], t.view(-1)
+    while left.nbytes >= 2 * HOST_PIECE_BYTES and (size := next_power_of_2(left.nbytes)) > left.nbytes:
+        elements = size // 2 // left.element_size()
+        pieces.append(left[:elements])
+        left = left[elements:]
+    return [*pieces, left] if pieces else [t]
+
+
+def _page_locked_like(t: torch.Tensor) -> torch.Tensor:
+    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
 
 
 def _page_locked(size: int) -> torch.Tensor:

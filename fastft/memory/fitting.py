@@ -34,6 +34,8 @@ SMALL_LOSS_CHUNK = 512
 """Rows of logits at a time where the default's would not fit: a vocabulary of 128k takes 0.4 GiB then, not 1.5."""
 MLP_CHUNKS = (8192, 2048)
 """Tokens of an MLP at a time that are tried where the whole does not fit: products of so many rows still fill a GPU."""
+HOST_SHARE = 0.75
+"""Of the host's memory, at most so much is page-locked: the rest of the machine lives there too."""
 _FLOPS_A_MOVED_BYTE = 12_000
 """What a GPU computes while a byte crosses to the host or back: H200 650e12 over 54e9, A100 250e12 over 24e9."""
 _LAUNCHING_FLOPS = 1.8e12
@@ -82,7 +84,8 @@ def smallest(shape: ModelShape, choices: Choices, config: RunConfig, *, device: 
     """`choices` with everything given up for memory; chunks are small even where they are not what binds."""
     on_gpu = (device is None or device.kind == "cuda") and choices.backend != "peft"
     options = [option for option, _ in _options(shape, choices, config, device)]
-    policy: Policy = config.placement or ("offload" if on_gpu else "full")
+    to_host = memory_terms(shape, choices, config, device).host([("offload", shape.layers)])
+    policy: Policy = config.placement or ("offload" if on_gpu and to_host <= host_limit(device) else "full")
     placed = [option.model_copy(update={"placement": [policy] * shape.layers}) for option in options]
 
     def need(option: Choices) -> tuple[int, int, int]:
@@ -100,8 +103,8 @@ def best_placement_under(
 
     The layers that save most come last: the peak is at the start of the backward, when every layer's share is
     still held, and a last layer that recomputes nothing adds no buffers just then.  `keep` is not used: what it
-    gains over `light` is for measurement to say.  Host memory is used on a GPU only; of two placements that compute
-    the same again, the one that moves less.
+    gains over `light` is for measurement to say.  Host memory is used on a GPU only, and no more than `host_limit`; of
+    two placements that compute the same again, the one that moves less.
     """
     terms = memory_terms(shape, choices, config, device)
     layers = shape.layers
@@ -121,9 +124,17 @@ def best_placement_under(
                 runs = list(zip(small_first, (first, second, layers - first - second), strict=True))
                 price = sum(count * flops[policy] for policy, count in runs)
                 moved = sum(count for policy, count in runs if policy in OFFLOADED)
-                if (best is None or (price, moved) < best[:2]) and terms.peak_of_runs(runs) <= cap_bytes:
+                if best is not None and (price, moved) >= best[:2]:
+                    continue
+                if terms.peak_of_runs(runs) <= cap_bytes and terms.host(runs) <= host_limit(device):
                     best = (price, moved, runs)
     return None if best is None else [policy for policy, count in best[2] for _ in range(count)]
+
+
+def host_limit(device: Device | None) -> float:
+    """How much host memory may be page-locked, in bytes; infinite where the host is not known."""
+    host = None if device is None else device.host_memory_bytes
+    return float("inf") if host is None else HOST_SHARE * host
 
 
 def _layer_price(policy: Policy, terms: MemoryTerms, shape: ModelShape, choices: Choices, config: RunConfig) -> float:

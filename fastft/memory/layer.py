@@ -15,6 +15,8 @@ from fastft.plan import OFFLOADED, POLICIES, Policy
 
 WORTH_MOVING_BYTES = 2**20
 """Smaller tensors of an offloaded layer stay on the device: their copies would cost more launches than they free."""
+HOST_PIECE_BYTES = 2**24
+"""Page-locked memory of up to twice this may be rounded up to a power of two; larger tensors are cut to such."""
 RECORDED_LAYER_FLOPS = 4e12
 """Above this a layer's forward and backward keep an H200 busy for over 6 ms, longer than any host needs to launch
 them (docs/log.md), and recording them as CUDA graphs would only pin memory."""
@@ -80,6 +82,15 @@ def forward_bytes(
 def is_recorded(graphs: str, tokens: int, layer_weights: int) -> bool:
     """Whether layers of so many weights replay CUDA graphs on so many tokens, where nothing else forbids it."""
     return graphs == "on" or (graphs == "auto" and 4.0 * tokens * layer_weights < RECORDED_LAYER_FLOPS)
+
+
+def page_locked_bytes(size: int) -> int:
+    """What the host gives for a tensor of `size` bytes that is moved there (`fastft.engine.offload.in_pieces`)."""
+    whole = 0
+    while size >= 2 * HOST_PIECE_BYTES and size & (size - 1):
+        piece = 1 << (size.bit_length() - 1)
+        whole, size = whole + piece, size - piece
+    return whole + (1 << (size - 1).bit_length() if size else 0)
 
 
 def _tile_share(policy: Policy, tokens: int, mlp_chunk_tokens: int | None) -> float:

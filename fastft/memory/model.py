@@ -14,7 +14,14 @@ from itertools import groupby
 
 from fastft.config import RunConfig
 from fastft.hardware import Device, resolve_dtype
-from fastft.memory.layer import WORTH_MOVING_BYTES, forward_bytes, is_recorded, saved_tensors, working_bytes
+from fastft.memory.layer import (
+    WORTH_MOVING_BYTES,
+    forward_bytes,
+    is_recorded,
+    page_locked_bytes,
+    saved_tensors,
+    working_bytes,
+)
 from fastft.models.shapes import ModelShape
 from fastft.plan import OFFLOADED, POLICIES, Choices, Policy
 
@@ -54,11 +61,17 @@ class MemoryTerms:
     """Of all adapters: they grow layer by layer, and are joined to one buffer at the end."""
     moved: dict[Policy, int] = field(default_factory=dict)
     """What one decoder layer copies to the host and back; nothing where it is not named."""
+    hosted: dict[Policy, int] = field(default_factory=dict)
+    """What the host keeps for that."""
     forward: dict[Policy, int] = field(default_factory=dict)
     """What the forward of one decoder layer has made when it ends, whatever of it is saved; nothing where it is not
     named."""
     recording: int = 0
     """What CUDA graphs keep beside all that: a recording's own inputs, outputs and gradients."""
+
+    def host(self, runs: Sequence[tuple[Policy, int]]) -> int:
+        """The page-locked host memory that so many layers of each policy take."""
+        return sum(count * self.hosted.get(policy, 0) for policy, count in runs)
 
     def peak(self, placement: Sequence[Policy]) -> int:
         """The highest sum along forward and backward, which frees what layers saved from the last to the first."""
@@ -129,10 +142,11 @@ def memory_terms(shape: ModelShape, choices: Choices, config: RunConfig, device:
         )
     saved = saved_tensors(shape, a, config.lora.rank)
     moments = working_bytes(shape, a, choices.backend, T, choices.mlp_chunk_tokens)
-    moved = {
-        p: math.ceil(T * sum(size for size in saved[p] if p in OFFLOADED and T * size >= WORTH_MOVING_BYTES))
+    leaving = {
+        p: [math.ceil(T * size) for size in saved[p] if p in OFFLOADED and T * size >= WORTH_MOVING_BYTES]
         for p in POLICIES
     }
+    moved = {p: sum(sizes_of_layer) for p, sizes_of_layer in leaving.items()}
     # A dense copy is needed only where the weight is not dense already.
     dense = a if config.quantization != "none" and choices.resident_layers < shape.layers else 0
     # Beside a layer's own gradient, the one that came into the last layer stays until all are done.
@@ -157,6 +171,7 @@ def memory_terms(shape: ModelShape, choices: Choices, config: RunConfig, device:
         head=math.ceil(head + T * 4 * D * a),
         gradients=gradients,
         moved={p: size for p, size in moved.items() if size},
+        hosted={p: sum(map(page_locked_bytes, found)) for p, found in leaving.items() if found},
         forward=forward,
         recording=recording,
     )

@@ -1,5 +1,6 @@
 """What layers save in host memory: the same gradients, and copies at the right moments."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from fastft import patch_model
 from fastft.engine import offload, runs
+from fastft.kernels.launch import next_power_of_2
+from fastft.memory.layer import HOST_PIECE_BYTES, page_locked_bytes
 
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32
 PLACEMENTS: list[Any] = ["offload", "offload_mlp", ["offload_mlp", "offload", "light"], ["light", "offload", "full"]]
@@ -89,6 +92,17 @@ def test_on_a_cpu_nothing_moves():
 
 
 @pytest.mark.gpu
+def test_a_tensor_in_several_pieces_comes_back():
+    tensors = [torch.randn(13_000_001, device="cuda"), torch.randn(4096, 4096, device="cuda").t()]
+    expected = [t.clone() for t in tensors]
+    transfer = offload.Transfer(tensors)
+    tensors.clear()
+    transfer.leave()
+    for back, was in zip(transfer.take(), expected, strict=True):
+        assert torch.equal(back, was)
+
+
+@pytest.mark.gpu
 def test_what_left_comes_back():
     tensors = [torch.randn(1024, 1024, device="cuda"), torch.randn(3, device="cuda"), None]
     expected = tensors[0].clone()
@@ -123,3 +137,21 @@ def test_the_device_holds_less_the_more_layers_there_are(toy_base, batch_of):
         del model, base
     # Of 12 inputs, the device holds the last layer's and up to three others that come or go.
     assert peaks["full"] - peaks["offload"] > 7 * 8 * 1024 * 512 * 4
+
+
+@pytest.mark.parametrize("count", [1, 2**22, 2**23 + 1, 2**24, 3 * 2**23, 5 * 2**23 + 77, 2**26 - 4])
+def test_pieces_are_the_tensor_and_waste_little(count):
+    t = torch.empty(count, dtype=torch.bfloat16)
+    pieces = offload.in_pieces(t)
+    assert pieces[0].data_ptr() == t.data_ptr()
+    assert sum(piece.numel() for piece in pieces) == count
+    assert all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in itertools.pairwise(pieces))
+    taken = sum(next_power_of_2(piece.nbytes) for piece in pieces)
+    assert taken == page_locked_bytes(t.nbytes)
+    assert taken - t.nbytes < HOST_PIECE_BYTES
+
+
+def test_what_is_not_contiguous_is_one_piece():
+    t = torch.empty(2**13, 2**12).t()
+    (piece,) = offload.in_pieces(t)
+    assert piece is t

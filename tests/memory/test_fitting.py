@@ -1,14 +1,15 @@
 """What fits a cap, and does the least extra work."""
 
 import itertools
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastft.config import RunConfig
 from fastft.hardware import Device
-from fastft.memory.fitting import SMALL_LOSS_CHUNK, best_placement_under, fit, smallest
-from fastft.memory.model import dense_layer_bytes, estimate_peak_bytes, recompute_flops
+from fastft.memory.fitting import SMALL_LOSS_CHUNK, best_placement_under, fit, host_limit, smallest
+from fastft.memory.model import dense_layer_bytes, estimate_peak_bytes, memory_terms, recompute_flops
 from fastft.models.shapes import SHAPES
 from fastft.plan import POLICIES, Choices, Policy
 
@@ -119,3 +120,21 @@ def test_a_placement_that_is_given_stays() -> None:
     assert fitted is not None
     assert set(fitted.choices.placement) == {"mlp"}
     assert fit(6 * GIB, LARGE, LIGHT, config, device=GPU) is None
+
+
+def test_no_more_goes_to_the_host_than_it_has() -> None:
+    """32,768 tokens of an 8B move 1.1 GiB a layer."""
+    shape = SHAPES["llama-3-8b"]
+    config = RunConfig(sequence_tokens=32768, batch_size=1, quantization="nf4", dtype="bf16")
+    plain = Choices(backend="triton", micro_batch=1, accumulation=1, placement=["light"] * 32)
+    for host_gib, most in ((128, 32), (16, 12 / 1.1)):
+        gpu = replace(GPU, host_memory_bytes=host_gib * 2**30)
+        fitted = fit(12 * 2**30, shape, plain, config, device=gpu)
+        assert fitted is not None
+        terms = memory_terms(shape, fitted.choices, config, gpu)
+        to_host = terms.host([(policy, 1) for policy in fitted.choices.placement])
+        assert 0 < to_host <= host_limit(gpu)
+        assert fitted.choices.placement.count("offload_mlp") <= most
+    tiny = replace(GPU, host_memory_bytes=2**30)
+    assert set(smallest(shape, plain, config, device=tiny).placement) == {"full"}
+    assert set(smallest(shape, plain, config, device=GPU).placement) == {"offload"}
