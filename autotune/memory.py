@@ -8,16 +8,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from autotune.solver import PolicyCost
+from autotune.ranking import MEASURED
+from autotune.solver import PolicyCost, solve
 from autotune.space import uniform_policy
 from fastft.config import RunConfig
+from fastft.files import canonical_json
 from fastft.hardware import Device
 from fastft.memory.model import memory_terms, recompute_flops, step_flops
 from fastft.models.shapes import ModelShape
 from fastft.plan import OFFLOADED, POLICIES, Choices, Policy, Trial
-
-MEASURED = ("ok", "over_cap")
-"""Verdicts of trials that ran to the end: their times and peaks count."""
 
 
 @dataclass(frozen=True)
@@ -74,51 +73,147 @@ def predicted_too_large(
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Prices and bytes of one layer by policy, at one backend and micro-batch."""
+    """Prices and bytes of each layer by policy, at one backend and micro-batch."""
 
-    costs: dict[Policy, PolicyCost]
+    layers: list[dict[Policy, PolicyCost]]
+    """From the first layer to the last."""
     base_ms: float
     """A step's time beyond the layers' prices."""
     base_bytes: int
     """A step's peak beyond the layers' bytes."""
+    like: Choices
+    """What was measured: all but its placement holds for what is solved."""
+    policies: int
+    """How many policies were measured, not inferred."""
+
+    def solve(self, budget_bytes: float) -> tuple[float, Choices] | None:
+        """(predicted step time in ms, choices) of the best placement whose predicted peak is at most the budget."""
+        placement = solve(self.layers, int(budget_bytes - self.base_bytes))
+        if placement is None:
+            return None
+        chosen = [costs[policy] for costs, policy in zip(self.layers, placement, strict=True)]
+        time_ms = self.base_ms + sum(cost.price_ms for cost in chosen)
+        return time_ms, self.like.model_copy(update={"placement": placement})
+
+    def peak_of(self, placement: Sequence[Policy]) -> int:
+        """The predicted peak in bytes."""
+        costs = zip(self.layers, placement, strict=True)
+        return self.base_bytes + sum(of_layer[policy].saved_bytes for of_layer, policy in costs)
 
 
 def layer_costs(
     trials: Sequence[Trial], backend: str, micro_batch: int, *, shape: ModelShape, config: RunConfig, device: Device
 ) -> LayerCosts | None:
-    """What each policy costs a layer, relative to the one that saves least; None if no uniform placement ran.
+    """What each policy costs a layer, relative to the one that saves least; None if nothing ran.
 
-    A measured uniform placement divides its time and peak by the number of layers.  A policy that did not run
-    (it had too little memory) is taken from the nearest measured one and the analytic difference.  The result is
-    a guess where it is mixed: a probe of the solved placement confirms or refutes it.
+    Trials are combined only if they are alike in everything but placement and launches: of such groups, the one that
+    measured most policies, or of equals the fastest.  A measured uniform placement gives its time and peak.  A policy
+    that did not run as one (it had too little memory) is taken from the nearest that did, or where none did from the
+    fastest mixed placement, and the analytic difference.  The result is a guess where it is mixed: a probe of the
+    solved placement confirms or refutes it.
+
+    Layers that save alike may still differ in what recomputing them costs: attention of a layer with a window is
+    cheaper.  The difference of two times is shared out by the layers' own FLOPs.  What dense copies of quantized
+    weights (`Choices.resident_layers`) save a layer that recomputes is not told apart: they only take memory that is
+    left over, where nothing is recomputed, and no measured pair of steps differs in them alone.
     """
-    measured: dict[Policy, tuple[float, int]] = {}
-    for trial in trials:
-        policy = uniform_policy(trial.choices)
-        same = trial.choices.backend == backend and trial.choices.micro_batch == micro_batch
-        if policy and same and trial.verdict in MEASURED and trial.step_time_ms and trial.peak_bytes is not None:
-            measured[policy] = (median(trial.step_time_ms), trial.peak_bytes)
-    if not measured:
+    group = _group(trials, backend, micro_batch)
+    if group is None:
         return None
-    some = next(t.choices for t in trials if t.choices.backend == backend and t.choices.micro_batch == micro_batch)
-    uniform = {p: some.model_copy(update={"placement": [p] * shape.layers}) for p in POLICIES}
-    peaks = {p: memory_terms(shape, uniform[p], config, device).peak(uniform[p].placement) for p in POLICIES}
-    flops = step_flops(shape, config.sequence_tokens)
-    work = {p: 1 + recompute_flops(shape, p, config.sequence_tokens, backend) / flops for p in POLICIES}
+    like = group.like
+    measured, placed = dict(group.uniform), like.placement
+    uniform = {p: like.model_copy(update={"placement": [p] * shape.layers}) for p in POLICIES}
+    terms = memory_terms(shape, like, config, device)
+    peaks = {p: terms.peak(uniform[p].placement) for p in POLICIES}
+    work = {p: _work([p] * shape.layers, shape, config, backend) for p in POLICIES}
     # keep's gain over light is traffic, which FLOPs do not show: unmeasured, it is not offered to the solver.
     # On a CPU there is nowhere to offload to.
-    offered = [p for p in POLICIES if p != "keep" and (p not in OFFLOADED or device.kind == "cuda")]
-    for policy in (p for p in offered if p not in measured):
-        anchor = min(measured, key=lambda p: abs(POLICIES.index(p) - POLICIES.index(policy)))
-        time, peak = measured[anchor]
-        measured[policy] = (time * work[policy] / work[anchor], peak + peaks[policy] - peaks[anchor])
+    offered: list[Policy] = [p for p in POLICIES if p != "keep" and (p not in OFFLOADED or device.kind == "cuda")]
+    for policy in offered:
+        if policy in group.uniform:
+            continue
+        if group.uniform:
+            rank = POLICIES.index(policy)
+            anchor = min(group.uniform, key=lambda p: abs(POLICIES.index(p) - rank))
+            (time, peak), work_then, peak_then = group.uniform[anchor], work[anchor], peaks[anchor]
+        else:
+            time, peak = group.mixed
+            work_then, peak_then = _work(placed, shape, config, backend), terms.peak(placed)
+        measured[policy] = (time * work[policy] / work_then, peak + peaks[policy] - peak_then)
     base_bytes = min(peak for _, peak in measured.values())
     base_ms = min(time for time, _ in measured.values())
-    return LayerCosts(
-        costs={
-            policy: PolicyCost((time - base_ms) / shape.layers, -(-(peak - base_bytes) // shape.layers))
-            for policy, (time, peak) in measured.items()
-        },
-        base_ms=base_ms,
-        base_bytes=base_bytes,
-    )
+    layers: list[dict[Policy, PolicyCost]] = [{} for _ in range(shape.layers)]
+    for policy, (time, peak) in measured.items():
+        saved = -(-(peak - base_bytes) // shape.layers)
+        for costs, share in zip(layers, _shares(shape, policy, config, backend), strict=True):
+            costs[policy] = PolicyCost((time - base_ms) * share, saved)
+    return LayerCosts(layers, base_ms, base_bytes, like, len(group.uniform))
+
+
+def layer_windows(shape: ModelShape) -> list[int | None]:
+    """How many tokens a query sees in each layer; None for all before it."""
+    kinds = shape.settings.get("layer_types", ["sliding_attention"] * shape.layers)
+    return [shape.window if kind == "sliding_attention" else None for kind in kinds]
+
+
+@dataclass
+class _Group:
+    """What was measured of candidates that are alike in everything but placement and launches."""
+
+    like: Choices
+    """The fastest of them."""
+    uniform: dict[Policy, tuple[float, int]]
+    """Policy → step time in ms, peak in bytes."""
+    mixed: tuple[float, int]
+    """The fastest of all: time and peak."""
+
+
+def _group(trials: Sequence[Trial], backend: str, micro_batch: int) -> _Group | None:
+    """The group with most measured policies; of equals the one with the fastest trial."""
+    groups: dict[str, _Group] = {}
+    for trial in trials:
+        choices = trial.choices
+        same = choices.backend == backend and choices.micro_batch == micro_batch
+        if not (same and trial.verdict in MEASURED and trial.step_time_ms and trial.peak_bytes is not None):
+            continue
+        time, peak = median(trial.step_time_ms), trial.peak_bytes
+        group = groups.setdefault(
+            canonical_json(choices.model_dump(exclude={"placement", "kernels"})), _Group(choices, {}, (time, peak))
+        )
+        if time < group.mixed[0]:
+            group.like, group.mixed = choices, (time, peak)
+        policy = uniform_policy(choices)
+        if policy is not None:
+            # Of several trials the fastest counts, as in `ranking`, and the highest peak.
+            earlier_time, earlier_peak = group.uniform.get(policy, (time, peak))
+            group.uniform[policy] = min(earlier_time, time), max(earlier_peak, peak)
+    return max(groups.values(), key=lambda group: (len(group.uniform), -group.mixed[0]), default=None)
+
+
+def _work(placement: Sequence[Policy], shape: ModelShape, config: RunConfig, backend: str) -> float:
+    """A step's FLOPs over those without recomputation."""
+    of_policy = {policy: _recomputed(shape, policy, config, backend) for policy in set(placement)}
+    again = sum(of_policy[policy][layer] for layer, policy in enumerate(placement))
+    return 1 + again / (shape.layers * step_flops(shape, config.sequence_tokens))
+
+
+def _shares(shape: ModelShape, policy: Policy, config: RunConfig, backend: str) -> list[float]:
+    """Each layer's part of what the policy costs in all; they sum to 1."""
+    again = _recomputed(shape, policy, config, backend)
+    total = sum(again)
+    return [flops / total if total else 1 / shape.layers for flops in again]
+
+
+def _recomputed(shape: ModelShape, policy: Policy, config: RunConfig, backend: str) -> list[float]:
+    """FLOPs a token that each layer spends again."""
+    tokens = config.sequence_tokens
+    everywhere = recompute_flops(shape, policy, tokens, backend)
+    attention = 2.0 * tokens * shape.heads * shape.head_dim if OFFLOADED.get(policy, policy) == "full" else 0.0
+    return [everywhere - attention * (1 - _seen_share(window, tokens)) for window in layer_windows(shape)]
+
+
+def _seen_share(window: int | None, tokens: int) -> float:
+    """Scores under a window over those of causal attention: the queries behind the first `window` see that many."""
+    if window is None or window >= tokens:
+        return 1.0
+    return (window * tokens - window * window / 2) / (tokens * tokens / 2)

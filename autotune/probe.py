@@ -80,22 +80,36 @@ def judge(memory: Memory, cap_bytes: int | None) -> tuple[Verdict, str]:
         memory: what was measured.
         cap_bytes: what its peak must stay under.
     """
-    if cap_bytes is not None and memory.peak_bytes > cap_bytes:
-        return "over_cap", f"peak {memory.peak_bytes} bytes, cap {cap_bytes}"
     if memory.allocator_retries:
-        # It ran, but only by returning the allocator's cache to the driver in the middle of a step.
+        # It ran, but only by returning the allocator's cache to the driver in the middle of a step.  This says nothing
+        # of any cap, so it comes first: another cap changes no such verdict.
         return "allocator_retry", f"the allocator retried {memory.allocator_retries} times"
+    return _against_cap(memory.peak_bytes, cap_bytes)
+
+
+def judge_again(trial: Trial, cap_bytes: int | None) -> Trial:
+    """`trial` with the verdict that it would have had under `cap_bytes`."""
+    if trial.verdict not in ("ok", "over_cap") or trial.peak_bytes is None:
+        return trial
+    verdict, detail = _against_cap(trial.peak_bytes, cap_bytes)
+    return trial.model_copy(update={"verdict": verdict, "detail": detail})
+
+
+def _against_cap(peak_bytes: int, cap_bytes: int | None) -> tuple[Verdict, str]:
+    if cap_bytes is not None and peak_bytes > cap_bytes:
+        return "over_cap", f"peak {peak_bytes} bytes, cap {cap_bytes}"
     return "ok", ""
 
 
 def _measure(request: ProbeRequest) -> Trial:
+    from autotune.alternatives import other_attention
     from fastft.data.sources import random_batch
     from fastft.measure.steps import measure_steps
     from fastft.planning import model_shape
     from fastft.training.session import build_session
 
     config = request.config
-    vocabulary = model_shape(config).vocabulary
+    shape = model_shape(config)
     session = build_session(config, request.choices, seed=request.seed)
 
     # Full-length rows: the longest that the run can meet, so a peak measured here is the highest there.
@@ -107,7 +121,7 @@ def _measure(request: ProbeRequest) -> Trial:
                 timed_from = time.perf_counter()
             if timed >= request.timed_steps and time.perf_counter() - timed_from >= request.timed_seconds:
                 return
-            yield random_batch(vocabulary, config.batch_size, config.sequence_tokens, seed=request.seed + step)
+            yield random_batch(shape.vocabulary, config.batch_size, config.sequence_tokens, seed=request.seed + step)
 
     samples = measure_steps(session, batches())
     # Warm-up does not count: with fp16 the loss scale is found there, by steps that overflow.
@@ -127,6 +141,7 @@ def _measure(request: ProbeRequest) -> Trial:
         peak_bytes=memory.peak_bytes,
         model_bytes=memory.model_bytes,
         detail=detail,
+        other_attention=other_attention(config, request.choices, shape),
     )
 
 

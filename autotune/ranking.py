@@ -9,6 +9,8 @@ from fastft.plan import Choices, Trial
 NOISE = {"cuda": 0.01, "cpu": 0.05}
 """Speeds closer than this are equal: the default wins, else what needs the least memory.  On a CPU the same candidate
 varies by 5 % from process to process."""
+MEASURED = ("ok", "over_cap")
+"""Verdicts of trials that ran to the end: their times and peaks count."""
 FINALIST_SPREAD = 0.03
 """Candidates this close to the best are timed again."""
 
@@ -33,11 +35,13 @@ class Standings:
     def speed(self, choices: Choices) -> float | None:
         """Tokens a second by the median step of its fastest trial; None if any of its trials was not ok.
 
-        The fastest, because what disturbs a measurement (another program, a hot GPU) only ever slows it.
+        The fastest, because what disturbs a measurement (another program, a hot GPU) only ever slows it.  What an
+        earlier tuning measured counts only where this one measured nothing.
         """
         trials = [trial for trial in self.trials if trial.choices == choices]
         if not trials or any(trial.verdict != "ok" or not trial.step_time_ms for trial in trials):
             return None
+        trials = [trial for trial in trials if not trial.reused] or trials
         return 1000.0 * self.step_tokens / min(median(trial.step_time_ms) for trial in trials)
 
     def best(self) -> Trial | None:
@@ -57,9 +61,13 @@ class Standings:
             return close
         return [*close[: max(1, count - 1)], default]
 
-    def winner(self) -> Choices | None:
-        """Of those whose speed is the best within the noise, the default, else the smallest; None if nothing ran."""
-        ranked = self._ranked()
+    def winner(self, among: Sequence[Choices] | None = None) -> Choices | None:
+        """Of those whose speed is the best within the noise, the default, else the smallest; None if nothing ran.
+
+        Args:
+            among: nothing else is looked at; None for all that was tried.
+        """
+        ranked = [(speed, choices) for speed, choices in self._ranked() if among is None or choices in among]
         fast = [choices for speed, choices in ranked if speed >= (1 - self.noise) * ranked[0][0]]
         if not fast:
             return None

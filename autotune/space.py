@@ -7,17 +7,33 @@
                   them to the memory there is (`fastft.memory.fitting`), one candidate a micro-batch
     launches      those that the kernel search found (`kernels`), for every candidate of backend triton but the default
 
-For stock PEFT the placement says whether Hugging Face checkpoints: `light` is no, `full` is yes.
+Then refinements, one change at a time of what leads (`refinements`), each kept if it is faster beyond the noise:
+
+    placement     `keep` instead of `light`: what it gains is traffic, and small
+    attention     the kernels that could run instead of the one that `auto` takes: their order by speed was measured on
+                  one GPU and at few sizes
+    graphs        recorded or not, against the rule of `auto`, whose limit is one GPU's too
+    loss chunk    larger ones fill the device where the vocabulary is small; smaller ones cost it nothing where it is
+                  large, and leave memory
+
+How a LoRA linear adds its low-rank term is no choice: of the ways that `bench/kernels/lora_strategies.py` compares, the
+one in `fastft/kernels/lora_linear`, "before", was never slower than "after", at any size; "packed" gained nothing and
+"augmented" needs other weights in memory (docs/log.md, 2026-11-22, "Where to add an adapter").
+
+Candidates are ordered by `forecast.relative_time`: there may be time for the first ones only.  For stock PEFT the
+placement says whether Hugging Face checkpoints: `light` is no, `full` is yes.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from autotune.forecast import relative_time
 from fastft.config import RunConfig
 from fastft.hardware import Device
 from fastft.memory.fitting import fit
-from fastft.memory.model import estimate_peak_bytes, memory_terms
+from fastft.memory.model import estimate_peak_bytes, memory_terms, records
 from fastft.models.shapes import ModelShape
 from fastft.plan import OFFLOADED, POLICIES, Choices, Policy, Trial
 from fastft.planning import divisors, without_plan
@@ -38,16 +54,25 @@ MEMORY_VERDICTS = ("out_of_memory", "allocator_retry", "over_cap")
 class Effort:
     """How much time tuning may take."""
 
+    minutes: float | None
+    """By default, on a GPU; None for as long as it takes.  At 25 s a probe of an 8B model, 20 or 180 s for the kernels
+    and 25 s for the check of the gradients, the probes below take so long."""
+    probes: int | None
+    """New measurements at most; None for no limit."""
+    uniform_probes: int | None
+    """So many of them for uniform candidates."""
+    mixed_probes: int
+    """So many for solved mixed placements."""
+    refinements: int | None
+    """So many for changes of what leads."""
+    refined_values: int | None
+    """How many values are tried a choice and time; None for all."""
     below: int
     """How many micro-batches smaller than the default's are tried."""
     above: int
     """How many larger ones."""
     eager_on_gpu: bool
     """Whether plain PyTorch is tried beside Triton."""
-    keep_at_best: int
-    """At how many of the best micro-batches `keep` is tried."""
-    mixed_confirmations: int
-    """How many solved mixed placements are measured."""
     finalists: int
     retime_rounds: int
     warmup_steps: int
@@ -60,18 +85,31 @@ class Effort:
     kernel_seconds: float
     """For the kernel search.  Most of it goes to the compiler."""
 
+    @property
+    def repetitions(self) -> int:
+        """Measurements that the finalists take, at most."""
+        return self.finalists * self.retime_rounds
+
+    @property
+    def most_probes(self) -> float:
+        """As `probes`, infinite for no limit."""
+        return float("inf") if self.probes is None else self.probes
+
 
 EFFORTS: dict[EffortName, Effort] = {
     "quick": Effort(
-        below=2, above=2, eager_on_gpu=False, keep_at_best=1, mixed_confirmations=2, finalists=3, retime_rounds=1,
+        minutes=5, probes=9, uniform_probes=5, mixed_probes=2, refinements=3, refined_values=1,
+        below=2, above=2, eager_on_gpu=False, finalists=2, retime_rounds=1,
         warmup_steps=2, timed_steps=4, timeout_seconds=600, launches=3, kernel_seconds=20,
     ),
     "full": Effort(
-        below=4, above=4, eager_on_gpu=True, keep_at_best=2, mixed_confirmations=4, finalists=4, retime_rounds=2,
+        minutes=15, probes=25, uniform_probes=12, mixed_probes=4, refinements=8, refined_values=2,
+        below=4, above=4, eager_on_gpu=True, finalists=3, retime_rounds=2,
         warmup_steps=3, timed_steps=8, timeout_seconds=900, launches=None, kernel_seconds=180,
     ),
     "exhaustive": Effort(
-        below=64, above=64, eager_on_gpu=True, keep_at_best=64, mixed_confirmations=8, finalists=6, retime_rounds=3,
+        minutes=None, probes=None, uniform_probes=None, mixed_probes=24, refinements=None, refined_values=None,
+        below=64, above=64, eager_on_gpu=True, finalists=6, retime_rounds=3,
         warmup_steps=3, timed_steps=12, timeout_seconds=1800, launches=None, kernel_seconds=600,
     ),
 }  # fmt: skip
@@ -85,8 +123,8 @@ def default_candidate(config: RunConfig, shape: ModelShape, device: Device) -> C
 def candidates(config: RunConfig, shape: ModelShape, device: Device, effort: EffortName = "quick") -> list[Choices]:
     """Every uniform candidate in the order of trying, the default first, without what cannot fit.
 
-    Cheap placements come before expensive ones and small micro-batches before large ones, so that a failure for
-    lack of memory rules out what needs more (`why_skip`).
+    The order is that of the forecast: the best of each micro-batch first, then the second of each, and so on.  What may
+    not fit comes last, and stock PEFT, of which no forecast is known before it ran, comes third at the latest.
     """
     level = EFFORTS[effort]
     limit = memory_limit(config, device)
@@ -128,10 +166,10 @@ def candidates(config: RunConfig, shape: ModelShape, device: Device, effort: Eff
         add("peft", size, "light")
     if device.kind == "cpu" and effort == "quick" and unbound:
         # A CPU's few megabytes never bind, and recomputing more can only cost time.
-        for size in sizes[-2:]:
-            add(default.backend, size, "keep")
-        return found
-    more: list[Policy] = ["keep", "mlp", "full"]
+        return _ordered(found, config, shape, device)
+    more: list[Policy] = ["mlp", "full"]
+    if effort == "exhaustive":
+        more.append("keep")  # else tried from what leads
     if device.kind == "cuda":
         more += OFFLOADED
     for backend in fused:
@@ -140,7 +178,70 @@ def candidates(config: RunConfig, shape: ModelShape, device: Device, effort: Eff
                 add(backend, size, policy)
     for size in sizes if effort != "quick" else [default.micro_batch]:
         add("peft", size, "full")
-    return found
+    return _ordered(found, config, shape, device)
+
+
+def _ordered(found: Sequence[Choices], config: RunConfig, shape: ModelShape, device: Device) -> list[Choices]:
+    limit = memory_limit(config, device)
+
+    def too_large(choices: Choices) -> bool:
+        return estimate_peak_bytes(shape, choices, config, device=device) > limit
+
+    def forecast(choices: Choices) -> float:
+        return relative_time(choices, config, shape, device)
+
+    default, *others = found
+    alike: Counter[tuple[str, int]] = Counter()
+    promise: dict[str, tuple[bool, int, float]] = {}
+    for choices in sorted(others, key=lambda choices: (too_large(choices), forecast(choices))):
+        kind = choices.backend, choices.micro_batch
+        promise[choices.model_dump_json()] = too_large(choices), alike[kind], forecast(choices)
+        alike[kind] += 1
+    others.sort(key=lambda choices: promise[choices.model_dump_json()])
+    stock = next((choices for choices in others if choices.backend == "peft"), None)
+    if stock is not None and others.index(stock) > 1:
+        others.remove(stock)
+        others.insert(1, stock)
+    return [default, *others]
+
+
+LOSS_CHUNKS = (512, 1024, 2048, 4096, 8192)
+"""Labelled rows at a time that are tried."""
+FALLBACK_ATTENTION = "sdpa"
+"""It runs its forward again in the backward, so that nothing is faster only where its kernel is: not tried in quick."""
+
+
+def refinements(
+    leader: Trial, config: RunConfig, shape: ModelShape, device: Device, effort: EffortName
+) -> list[Choices]:
+    """What differs from the leading choices in one thing and is predicted to fit, the greatest expected gain first."""
+    choices, most = leader.choices, EFFORTS[effort].refined_values
+    if choices.backend == "peft":
+        return []
+    tokens, chunk = choices.micro_batch * config.sequence_tokens, choices.loss_chunk_tokens
+    # A chunk beyond the micro-batch's rows is as good as all rows.
+    chunks = {min(other, tokens): other for other in reversed(LOSS_CHUNKS)}
+    chunks.pop(min(chunk, tokens), None)
+    larger, smaller = (sorted(c for c in chunks.values() if (c > chunk) is up) for up in (True, False))
+    kernels = [name for name in ("auto", *leader.other_attention) if effort != "quick" or name != FALLBACK_ATTENTION]
+    modes = [choices.model_copy(update={"graphs": mode}) for mode in ("auto", "off", "on")]
+    recorded = records(shape, choices, config, device)
+    values: dict[str, list[Any]] = {
+        "placement": [["keep"] * shape.layers] if uniform_policy(choices) == "light" else [],
+        "attention": [name for name in kernels if name != choices.attention],
+        "graphs": [mode.graphs for mode in modes if records(shape, mode, config, device) != recorded][:1],
+        "loss_chunk_tokens": larger + smaller[::-1],
+    }
+    saved = memory_terms(shape, choices, config, device).saved
+    if saved["keep"] == saved["light"]:
+        values["placement"] = []  # the same thing by another name
+    found = [choices.model_copy(update={name: value}) for name, of_name in values.items() for value in of_name[:most]]
+    limit, before = memory_limit(config, device), estimate_peak_bytes(shape, choices, config, device=device)
+    return [
+        other
+        for other in found
+        if (leader.peak_bytes or 0) + estimate_peak_bytes(shape, other, config, device=device) - before <= limit
+    ]
 
 
 def memory_limit(config: RunConfig, device: Device) -> int:
@@ -163,7 +264,6 @@ def why_skip(candidate: Choices, trials: Sequence[Trial], effort: EffortName) ->
 
     - What needs at least the memory of something that had too little has too little.
     - What recomputes more than something that ran at the same micro-batch is slower (not assumed in exhaustive).
-    - `keep` is tried at the best micro-batches only.
     """
     policy = uniform_policy(candidate)
     if policy is None:
@@ -185,16 +285,6 @@ def why_skip(candidate: Choices, trials: Sequence[Trial], effort: EffortName) ->
         ):
             more = "recomputes more" if other < recomputed else "moves more"
             return f"{more} than {trial.choices.summary()}, which fits"
-    if policy == "keep":
-        ran = [
-            t
-            for t in same_backend
-            if t.verdict == "ok" and t.tokens_per_second and uniform_policy(t.choices) == "light"
-        ]
-        ran.sort(key=lambda trial: trial.tokens_per_second or 0.0, reverse=True)
-        best = [trial.choices.micro_batch for trial in ran[: EFFORTS[effort].keep_at_best]]
-        if candidate.micro_batch not in best:
-            return "this micro-batch is not among the best"
     return None
 
 

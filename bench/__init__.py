@@ -5,9 +5,19 @@
     weights.py      adapter and frozen tensors: saved, loaded, compared
     parity.py       the gate before any timing: an arm's gradients against an fp32 reference
     messages.py     what runner and worker say to each other
-    worker.py       one gate or one repetition, in its own process
+    worker.py       one gate, one repetition or one series of trials, in its own process
     runner.py       gates first, then repetitions interleaved over the arms; records on disk after each
     provenance.py   which commit and command made a record
 
-Nothing here is public API; `fastft bench` and `fastft demo` are the way in.
+and, to judge the tuner (`python -m bench`):
+
+    grid.py         every configuration of a run
+    rig.py          one loaded model on which one after another is measured
+    trial_file.py   the file that the trials are appended to
+    trials.py       a series of them in a worker, begun, gone on with, started again
+    regret.py       tuned plans against the best of the grid, under memory caps
+    repeats.py      the same run tuned several times
+    __main__.py     the command line of these
+
+Nothing here is public API; `fastft bench`, `fastft demo` and `python -m bench` are the way in.
 """

@@ -2,7 +2,8 @@
 
 An arm is a backend and how its choices come about.  The stock arms are what a user of PEFT writes: the whole batch
 at once, or in the scenario's parts where it is too large, with or without gradient checkpointing.  The other arms
-follow the cached plan, else the default; `triton+MEASURE` is the default with one measure against memory, or with all.
+follow the cached plan, else the default; `triton+default` never follows a plan, and `triton+MEASURE` is the default
+with one measure against memory, or with all.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,8 @@ class Arm:
     """Of a stock arm: `light` is no checkpointing, `full` is PEFT's gradient checkpointing.  None follows the plan."""
     measure: "Measure | None" = None
     """What is done for memory instead of what the plan says."""
+    follows_plan: bool = True
+    """False is what the run does where nothing was tuned, under its memory cap too."""
 
 
 Measure = Callable[[Choices, ModelShape, RunConfig, Device], Choices]
@@ -71,6 +74,10 @@ ARMS: dict[str, Arm] = {
     ),
     "eager": Arm(backend="eager", description="fastft's engine over plain PyTorch"),
     "triton": Arm(backend="triton", description="fastft's engine over fused kernels"),
+    **{
+        f"{backend}+default": Arm(backend=backend, description=f"{backend} without any plan", follows_plan=False)
+        for backend in ("eager", "triton")
+    },
     **{
         f"triton+{name}": Arm(backend="triton", description=f"triton: {description}", measure=measure)
         for name, (description, measure) in MEASURES.items()
@@ -143,6 +150,8 @@ def choices_for(name: str, config: RunConfig, *, stock_micro_batch: int | None =
     if arm.measure is not None:
         free = config.model_copy(update={"memory_cap": None})
         return arm.measure(without_plan(free, shape, device, name).choices, shape, free, device), None
+    if not arm.follows_plan:
+        return without_plan(config, shape, device, name).choices, None
     resolution = resolve(config, shape, device, PlanStore())
     if resolution.plan is not None and resolution.plan.choices.backend != arm.backend:
         # Its placement was measured with another backend; this arm would claim a plan that it does not follow.

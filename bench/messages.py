@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from bench.scenarios import Scenario
+from fastft.config import RunConfig
 from fastft.plan import Choices
 from fastft.record import Parity, Record
 
@@ -54,14 +55,31 @@ class RepetitionRequest(_Message):
     command: str = ""
 
 
-Request = TypeAdapter[GateRequest | RepetitionRequest](GateRequest | RepetitionRequest)
+class TrialsRequest(_Message):
+    """Measure one configuration after another on a model that is loaded once."""
+
+    task: Literal["trials"] = "trials"
+    config: RunConfig
+    choices: list[Choices]
+    """In this order; what stands there twice is measured twice."""
+    warmup_steps: int = Field(ge=0)
+    timed_steps: int = Field(ge=3)
+    file: Path
+    """A `bench.trial_file.TrialFile` with a header, to which each trial is appended at once."""
+    seconds: float | None = None
+    """No configuration is begun that would not end by then, counted from the worker's start; None knows no end."""
+
+
+Request = TypeAdapter[GateRequest | RepetitionRequest | TrialsRequest](GateRequest | RepetitionRequest | TrialsRequest)
 
 
 class Answer(_Message):
-    """What a worker prints: one of the three."""
+    """What a worker prints: one of the four."""
 
     gate: GateReply | None = None
     record: Record | None = None
+    trials: int | None = None
+    """How many were measured."""
     error: str | None = Field(default=None, min_length=1)
 
 

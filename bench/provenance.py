@@ -32,8 +32,13 @@ def provenance() -> Provenance:
 def command_line() -> str:
     """How to run this again: `fastft bench …`, whatever the interpreter and wherever it is installed."""
     program = Path(sys.argv[0])
-    ours = program.stem == "fastft" or program.parts[-2:] == ("fastft", "__main__.py")
-    return shlex.join(["fastft" if ours else program.name, *sys.argv[1:]])
+    if program.stem == "fastft" or program.parts[-2:] == ("fastft", "__main__.py"):
+        words = ["fastft"]
+    elif program.parts[-2:] == ("bench", "__main__.py"):
+        words = ["python", "-m", "bench"]
+    else:
+        words = [program.name]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 def utc_now() -> str:

@@ -94,10 +94,17 @@ def repetition_order(arms: tuple[str, ...], repetition: int) -> tuple[str, ...]:
     return arms[first:] + arms[:first]
 
 
-def ask_worker(request: BaseModel, *, log_file: Path, timeout_seconds: float, environment: dict[str, str]) -> Answer:
+def ask_worker(
+    request: BaseModel,
+    *,
+    log_file: Path,
+    timeout_seconds: float,
+    environment: dict[str, str],
+    while_waiting: Callable[[], None] | None = None,
+) -> Answer:
     """Start a worker in its own process group, hand it `request`, and read its answer.
 
-    Whatever ends this call, nothing of the worker is left running.
+    Whatever ends this call, nothing of the worker is left running.  `while_waiting` is called every second.
 
     Raises:
         MeasureError: the worker was killed, timed out, or answered nothing that can be read.
@@ -111,7 +118,7 @@ def ask_worker(request: BaseModel, *, log_file: Path, timeout_seconds: float, en
             WORKER_COMMAND, stdin=stdin, stdout=stdout, stderr=stderr, env=environment, start_new_session=True
         )
         try:
-            code = process.wait(timeout=timeout_seconds)
+            code = _wait(process, timeout_seconds, while_waiting)
         except subprocess.TimeoutExpired:
             raise MeasureError(
                 "the worker did not finish in time", got=f"{timeout_seconds:g} s",
@@ -184,12 +191,6 @@ class _Run:
         if answer.gate is None:
             return answer.error or "the worker answered something else than a gate"
         return answer.gate
-
-    def _write_gates(self, gates: dict[str, GateReply | str]) -> None:
-        shown = {
-            arm: gate.model_dump() if isinstance(gate, GateReply) else {"error": gate} for arm, gate in gates.items()
-        }
-        write_atomically(self._folder / GATES, canonical_json(shown) + "\n")
 
     def _untimed_record(self, arm: str, repetition: int, gate: GateReply | str) -> Record:
         """The record of a repetition that is not run, because the gate failed or gave no verdict."""
@@ -273,6 +274,21 @@ def _only_runnable(scenario: Scenario, *, explicit: bool) -> Scenario:
             fix="choose arms that this machine can run",
         )  # fmt: skip
     return scenario.changed(arms=arms)
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float, while_waiting: Callable[[], None] | None) -> int:
+    """The exit code; `subprocess.TimeoutExpired` after `seconds`."""
+    if while_waiting is None:
+        return process.wait(timeout=seconds)
+    end = time.monotonic() + seconds
+    while True:
+        left = end - time.monotonic()
+        try:
+            return process.wait(timeout=max(0.0, min(1.0, left)))
+        except subprocess.TimeoutExpired:
+            if left <= 1.0:
+                raise
+            while_waiting()
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

@@ -176,6 +176,20 @@ def _speed(
     )
 
 
+def _tuned(name: str, description: str, **config: Any) -> Scenario:
+    """What the plan is worth: the run as `fastft tune` with the same flags knows it, against its default."""
+    return Scenario(
+        name=name,
+        description=f"{description}: the tuned plan against the default.  Report it with --baseline triton+default.",
+        config=RunConfig(**config),
+        arms=("triton+default", "triton"),
+        warmup_steps=2,
+        steps=6,
+        data="random",
+        gate=GateSize(layers=6, sequence_tokens=512),
+    )
+
+
 SCENARIOS: dict[str, Scenario] = {
     scenario.name: scenario
     for scenario in (
@@ -212,6 +226,18 @@ SCENARIOS: dict[str, Scenario] = {
             steps=4,
             data="random",
             gate=GateSize(layers=6, sequence_tokens=512),
+        ),
+        _tuned(
+            "llama-3-8b-nf4", "Llama-3-8B's shape in NF4, 4 × 2,048 random tokens a step",
+            model="llama-3-8b", quantization="nf4", batch_size=4, sequence_tokens=2048, optimizer="adamw_8bit",
+        ),
+        _tuned(
+            "llama-3-8b-short", "Llama-3-8B's shape, 1 × 1,024 random tokens a step",
+            model="llama-3-8b", batch_size=1, sequence_tokens=1024,
+        ),
+        _tuned(
+            "llama-3-8b-long", "Llama-3-8B's shape, 1 × 32,768 random tokens a step",
+            model="llama-3-8b", batch_size=1, sequence_tokens=32768,
         ),
         _speed(
             "qwen2-1.5b", "qwen2-1.5b", 16, 4, 2048,

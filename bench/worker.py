@@ -1,13 +1,15 @@
-"""One gate or one repetition in a process of its own: `python -P -m bench.worker < request.json`.
+"""One gate, one repetition or one series of trials in a process of its own: `python -P -m bench.worker < request.json`.
 
 A request is one JSON object on stdin; the answer is one line on stdout that begins with `MARKER` (libraries print
 there too).  A repetition always answers with a `Record`: whatever goes wrong is its status and error.  What
 cannot be answered from within, a crash, a kill or a timeout, becomes a record in `bench.runner`.
 """
 
+import gc
 import math
 import random
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,9 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.arms import choices_for
-from bench.messages import MARKER, Answer, GateReply, GateRequest, RepetitionRequest, Request, identify
+from bench.messages import (
+    MARKER,
+    Answer,
+    GateReply,
+    GateRequest,
+    RepetitionRequest,
+    Request,
+    TrialsRequest,
+    identify,
+)
 from bench.provenance import utc_now
 from bench.scenarios import Scenario
+from bench.trial_file import TrialFile
 from bench.weights import adapter_tensors, base_checksum, load_adapter
 from fastft.errors import FastftError, MeasureError, ModelError
 from fastft.files import canonical_json, write_atomically
@@ -53,6 +65,30 @@ def run_gate(request: GateRequest) -> GateReply:
         device=asdict(detect_device(config.device)),
         versions=software_versions(),
     )
+
+
+def run_trials(request: TrialsRequest) -> int:
+    """Measure until all is done or the time is up; how many trials were appended to the file.
+
+    Raises:
+        FastftError: the model cannot be loaded, or the device does not answer any more.
+    """
+    started = time.monotonic()
+    from bench.rig import Rig
+
+    file, longest = TrialFile(request.file), 0.0
+    rig = Rig(request.config)
+    # What stands now stays; without it each of the many collections to come takes milliseconds instead of a second.
+    gc.collect()
+    gc.freeze()
+    for count, choices in enumerate(request.choices):
+        begun = time.monotonic()
+        if request.seconds is not None and begun + longest > started + request.seconds:
+            return count
+        file.append(rig.measure(choices, warmup_steps=request.warmup_steps, timed_steps=request.timed_steps))
+        rig.require_device()
+        longest = max(longest, time.monotonic() - begun)
+    return len(request.choices)
 
 
 def run_repetition(request: RepetitionRequest) -> Record:
@@ -219,6 +255,8 @@ def main() -> int:
         request = Request.validate_json(sys.stdin.buffer.read())
         if isinstance(request, GateRequest):
             answer = Answer(gate=run_gate(request))
+        elif isinstance(request, TrialsRequest):
+            answer = Answer(trials=run_trials(request))
         else:
             answer = Answer(record=run_repetition(request))
     except Exception as error:

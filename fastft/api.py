@@ -25,10 +25,13 @@ from fastft.hardware import Device, detect_device
 from fastft.memory.fitting import fit, smallest
 from fastft.memory.model import memory_terms
 from fastft.models.loading import DTYPES, QUANTIZATIONS, load_model, load_tokenizer, resolve_model, torch_dtype
-from fastft.models.shapes import ModelShape
+from fastft.models.shapes import ModelShape, shape_of
 from fastft.models.spec import SPECS
 from fastft.plan import POLICIES, Choices, Plan, Policy, keeps_input_only
 from fastft.plan_store import PlanStore, read_foreign_plan
+from fastft.plans.run_file import record_in_saves, run_facts
+from fastft.plans.shipped import MAY_DIFFER, ShippedPlans, choices_here, launches_hold
+from fastft.plans.verification import Verifications
 
 log = logging.getLogger("fastft")
 
@@ -64,7 +67,8 @@ class FastLanguageModel:
             dtype: of weights and activations; None is bf16 on a GPU that has it, fp32 on a CPU.
             load_in_4bit: NF4 with double quantization, by bitsandbytes.
             load_in_8bit: int8, by bitsandbytes; `load_in_4bit` must then be off.
-            plan: `auto` follows a cached plan where one fits, `none` the default, else a plan file.
+            plan: `auto` follows a cached plan where one fits, else a shipped one for micro-batches up to its own;
+                `none` the default; anything else is a plan file.
             memory_cap: `"7.8GiB"` or bytes: the placement with the least recomputation whose predicted peak is
                 under it.
             backend: auto, triton, eager, or peft (stock).
@@ -183,9 +187,10 @@ def patch_hf_training(*, backend: str = "auto", strict: bool = False) -> "HfPatc
     """From now on, every `PeftModel` that is created runs on the fast backend.
 
     One line before code that was written for stock PEFT.  Defaults stay: checkpointing is what the code asks for,
-    dtypes and initialisation are PEFT's.  Models of a family without a layer specification run part by part, and one
-    line for each reason says what stays stock (see `fastft.patch_model`).  Undo it with `.undo()`, or use it as a
-    context manager.
+    dtypes and initialisation are PEFT's.  Of plans for such a model on this device, only the launches of kernels are
+    followed, which change no result but in the order of sums; the rest of a plan is for a batch that is not known here.
+    Models of a family without a layer specification run part by part, and one line for each reason says what stays
+    stock (see `fastft.patch_model`).  Undo it with `.undo()`, or use it as a context manager.
 
     Args:
         backend: auto (triton on a GPU, eager elsewhere), triton or eager.
@@ -219,7 +224,8 @@ class HfPatch:
 
     def _adopt(self, model: nn.Module) -> None:
         try:
-            patch_model(model, backend=self._backend, strict=self._strict)
+            kernels = _launches_known(model) if self._backend == "triton" else {}
+            patch_model(model, backend=self._backend, strict=self._strict, kernels=kernels)
         except ModelError as error:
             if self._strict:
                 raise
@@ -258,8 +264,9 @@ def _put_backend_in(
             "use_gradient_checkpointing", str(checkpointing), ["auto", "unsloth", "True", "False", *POLICIES]
         )
     plan = _find_plan(config, shape, device) if shape is not None and backend != "peft" else None
+    record_in_saves(adapted, run_facts(config, plan, plan.choices if plan is not None else None))
     if plan is not None:
-        log.info("plan %s: %s", plan.id, plan.choices.summary())
+        log.info("plan %s (%s): %s", plan.id, plan.origin, plan.choices.summary())
         if config.backend == "auto":
             backend = plan.choices.backend
     if backend == "peft" or shape is None:
@@ -275,7 +282,11 @@ def _put_backend_in(
     automatic = functools.partial(_AutoPlacement, adapted, shape=shape, device=device, backend=backend)
     placement: Any
     if checkpointing in ("auto", "unsloth"):
-        placement = plan.choices.placement if plan is not None else automatic(config, residents=True)
+        placement = automatic(config, residents=True)
+        if plan is not None:
+            # Who tuned a plan chose its batch; who did not may well train larger ones than it holds.
+            shipped = functools.partial(_up_to_its_own_batch, plan, automatic(config, residents=True))
+            placement = shipped if plan.origin == "shipped" else plan.choices.placement
     elif isinstance(checkpointing, bool):
         placement = "full" if checkpointing else "light"
     else:
@@ -313,10 +324,44 @@ def _find_plan(config: RunConfig, shape: ModelShape, device: Device) -> Plan | N
                 "the plan was made for something else", got=", ".join(sorted(differences)), fix="run `fastft tune`"
             )
         return plan
-    for plan in PlanStore().entries():
+    store = PlanStore()
+    for plan in store.entries():
         if set(key.difference(plan.key)) <= _CALLERS_OWN:
             return plan
+    for plan in ShippedPlans().entries():
+        if set(key.difference(plan.key)) <= _CALLERS_OWN | MAY_DIFFER:
+            # What `fastft train` found out about it, which chooses as the plan does.
+            whole = key.model_copy(update={name: getattr(plan.key, name) for name in _CALLERS_OWN})
+            verification = Verifications(store.cache).load(whole, plan)
+            if verification is None or verification.verdict == "verified":
+                return plan.model_copy(update={"choices": choices_here(plan, key)})
     return None
+
+
+def _launches_known(model: Any) -> dict[str, list[int]]:
+    """The launches in plans for models of these sizes and this rank; a bucket says itself for which tensors it is."""
+    from fastft.planning import plan_key
+
+    base = model.get_base_model()
+    try:
+        shape = shape_of(base.config)
+    except (ModelError, AttributeError):
+        return {}
+    key = plan_key(RunConfig(), shape, detect_device("auto"))
+    ranks = {getattr(config, "r", None) for config in model.peft_config.values()}
+    launches: dict[str, list[int]] = {}
+    for plan in [*PlanStore().entries(), *ShippedPlans().entries()]:
+        same = plan.key.model_shape == key.model_shape and plan.key.lora_rank in ranks
+        if same and launches_hold(plan.key, key):
+            launches = {**plan.choices.kernels, **launches}
+    return launches
+
+
+def _up_to_its_own_batch(plan: Plan, automatic: "_AutoPlacement", batch: int, tokens: int) -> Placed:
+    """What a plan does for memory, for micro-batches that need no more than its own; else what fits by estimate."""
+    if batch <= plan.choices.micro_batch and tokens <= plan.key.sequence_tokens:
+        return Placed.of(plan.choices)
+    return automatic(batch, tokens)
 
 
 class _AutoPlacement:

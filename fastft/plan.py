@@ -14,7 +14,7 @@ from fastft.errors import PlanError
 from fastft.files import canonical_json, sha256_of
 
 PLAN_SCHEMA = 1
-SEARCH_SPACE_VERSION = 2
+SEARCH_SPACE_VERSION = 3
 
 Policy = Literal["keep", "light", "mlp", "full", "offload_mlp", "offload"]
 POLICIES: tuple[Policy, ...] = ("keep", "light", "mlp", "full", "offload_mlp", "offload")
@@ -70,6 +70,9 @@ class PlanKey(_Frozen):
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
 
+LOSS_CHUNK_TOKENS = 2048
+"""Labelled rows whose logits exist at a time, unless a plan says otherwise."""
+
 _NOT_FOR_MODEL = {"backend", "micro_batch", "accumulation"}
 
 
@@ -83,7 +86,7 @@ class Choices(_Frozen):
     """One policy a decoder layer, from the first to the last."""
     attention: str = "auto"
     """An implementation of `fastft.kernels.attention`, or auto."""
-    loss_chunk_tokens: int = Field(default=2048, ge=1)
+    loss_chunk_tokens: int = Field(default=LOSS_CHUNK_TOKENS, ge=1)
     """Labelled rows whose logits exist at a time."""
     mlp_chunk_tokens: int | None = Field(default=None, ge=1)
     """About how many tokens a layer's MLP takes at a time, where its gate is not saved; None for all."""
@@ -113,6 +116,9 @@ class Choices(_Frozen):
         more = [f", MLP by {self.mlp_chunk_tokens} tokens"] if self.mlp_chunk_tokens is not None else []
         more += [f", {self.resident_layers} layers dense"] if self.resident_layers else []
         more += [", embedding on the host"] if self.host_embedding else []
+        more += [f", attention {self.attention}"] if self.attention != "auto" else []
+        more += [f", loss by {self.loss_chunk_tokens} rows"] if self.loss_chunk_tokens != LOSS_CHUNK_TOKENS else []
+        more += [f", graphs {self.graphs}"] if self.graphs != "auto" else []
         more += [f", tuned launches: {len(self.kernels)}"] if self.kernels else []
         return f"{self.backend}, {self.micro_batch}×{self.accumulation} sequences, placement {placement}{''.join(more)}"
 
@@ -127,6 +133,10 @@ class Trial(_Frozen):
     peak_bytes: int | None = None
     model_bytes: int | None = None
     detail: str = ""
+    other_attention: list[str] = []
+    """Implementations of attention that could have run in place of what `auto` takes here."""
+    reused: bool = False
+    """Whether an earlier tuning measured it, under another memory cap."""
 
 
 class KernelTrial(_Frozen):
@@ -156,6 +166,8 @@ class Evidence(_Frozen):
     """ISO 8601, UTC."""
     seconds: float = 0.0
     """How long the tuning took."""
+    out_of_time: bool = False
+    """Whether it ended before everything was tried."""
     soft: dict[str, Any] = {}
     """What may differ with a warning only: driver version, power limit."""
     versions: dict[str, str] = {}

@@ -116,24 +116,8 @@ class PlanStore:
         return sorted(plans, key=lambda plan: (plan.evidence.created_at, plan.id), reverse=True)
 
     def find(self, prefix: str) -> Plan:
-        """The one plan whose id starts with `prefix`.
-
-        Raises:
-            PlanError: none or several do; the message lists the ids.
-        """
-        plans = self.entries()
-        found = [plan for plan in plans if prefix and plan.id.startswith(prefix)]
-        if len(found) == 1:
-            return found[0]
-        if not found:
-            raise PlanError(
-                "no plan has this id", got=prefix or "an empty id",
-                allowed=[plan.id for plan in plans] or "none is stored",
-                fix="choose one of these" if plans else "run `fastft tune` first",
-            )  # fmt: skip
-        raise PlanError(
-            "several plans start with this id", got=prefix, allowed=[plan.id for plan in found], fix="type more of it"
-        )
+        """The one stored plan whose id starts with `prefix`; see `find_plan`."""
+        return find_plan(self.entries(), prefix)
 
     def import_file(self, path: Path, *, force: bool = False) -> Plan:
         """Validate a plan file and keep it, labelled `imported`.
@@ -200,6 +184,26 @@ class PlanStore:
 
     def _read_or_quarantine(self, path: Path) -> Plan | None:
         return read_or_quarantine(path, lambda path: _examine(path), what="plan", quarantine=self.quarantine)
+
+
+def find_plan(plans: list[Plan], prefix: str) -> Plan:
+    """The one of `plans` whose id starts with `prefix`.
+
+    Raises:
+        PlanError: none or several do; the message lists the ids.
+    """
+    found = [plan for plan in plans if prefix and plan.id.startswith(prefix)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise PlanError(
+            "no plan has this id", got=prefix or "an empty id",
+            allowed=[plan.id for plan in plans] or "none is stored",
+            fix="choose one of these" if plans else "run `fastft tune` first",
+        )  # fmt: skip
+    raise PlanError(
+        "several plans start with this id", got=prefix, allowed=[plan.id for plan in found], fix="type more of it"
+    )
 
 
 def _examine(path: Path) -> Plan:

@@ -1,4 +1,4 @@
-"""From a run to what it does: key, cached plan or default, and one line that says which.
+"""From a run to what it does: key, cached plan, shipped plan or default, and one line that says which.
 
 Without a plan the default is chosen by the rules below; they are safe, not fast.  Under a memory cap the
 default comes from the analytic memory model, so a cap is useful before anything was tuned.
@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fastft import __version__
 from fastft.cache import cache_folder
 from fastft.config import LoraConfig, RunConfig
 from fastft.errors import BackendError, ConfigError, ModelError, OutputError, PlanError, unknown_choice
@@ -26,12 +27,17 @@ from fastft.memory.model import estimate_peak_bytes, memory_terms, step_flops
 from fastft.models.shapes import SHAPES, SUPPORTED_FAMILIES, ModelShape
 from fastft.plan import Choices, Plan, PlanKey
 from fastft.plan_store import PLAN_BACKENDS, PlanStore, read_foreign_plan
+from fastft.plans.shipped import ShippedPlans, choices_here
+from fastft.plans.verification import Verification, Verifications
 
 KEY_VERSIONS = ("torch", "triton", "cuda", "bitsandbytes")
 DEFAULT_MICRO_BATCH = {"cuda": 4, "cpu": 16}
 """The default micro-batch is the largest divisor of the global batch up to this."""
 _HALF_SPEED_TOKENS = 256
 """Assumed micro-batch at which a GPU runs at half its speed; only ranks untuned defaults under a cap."""
+
+_NAMED_FIELDS = 3
+"""Of those in which a plan missed; `fastft plan diff` names all."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Resolution:
     message: str
     """One line for people."""
     warnings: tuple[str, ...] = ()
+    verified_for: PlanKey | None = None
+    """This run's key where a shipped plan is followed as it is, so that training can verify it; else None."""
 
 
 def model_shape(config: RunConfig, cache: Path | None = None) -> ModelShape:
@@ -143,8 +151,14 @@ def default_choices(config: RunConfig, shape: ModelShape, backend: str, device: 
     )
 
 
-def resolve(config: RunConfig, shape: ModelShape, device: Device, store: PlanStore) -> Resolution:
-    """Follow `config.plan`: the cached plan, a plan file, or the default; then what the run pins itself.
+def resolve(
+    config: RunConfig, shape: ModelShape, device: Device, store: PlanStore, shipped: ShippedPlans | None = None
+) -> Resolution:
+    """Follow `config.plan`: the cached plan, a shipped one, a plan file, or the default; then what the run pins itself.
+
+    Args:
+        store: the user's plans; a plan in it comes before a shipped one.
+        shipped: None takes those that come with fastft.
 
     Raises:
         PlanError: a plan file that is invalid or for another run (the message names the fields), or a cap that
@@ -167,15 +181,26 @@ def resolve(config: RunConfig, shape: ModelShape, device: Device, store: PlanSto
         _require_backend(plan.choices.backend, device)
         return _follow(plan, config, device)
     cached = store.load(key)
-    if cached is None:
-        return without_plan(
-            config, shape, device, "no plan for this run yet", hint=f"find a faster one once: {tune_command(config)}"
+    if cached is not None:
+        problem = _why_not(cached, device)
+        if problem is not None:
+            return without_plan(config, shape, device, problem)
+        return _follow(cached, config, device)
+    nearest = _nearest(key, store)
+    hint = f"find a faster one once: {tune_command(config)}"
+    found = (shipped or ShippedPlans()).load(key)
+    if found is None:
+        return without_plan(config, shape, device, "no plan for this run yet" + nearest, hint=hint)
+    verification = Verifications(store.cache).load(key, found)
+    problem = _why_not(found, device)
+    if verification is not None and verification.verdict == "rejected":
+        problem = (
+            f"plan {found.id}, shipped with fastft {__version__}, was rejected on this machine "
+            f"{age(verification.created_at)} ({verification.detail})"
         )
-    try:
-        _require_backend(cached.choices.backend, device)
-    except (BackendError, ConfigError) as error:
-        return without_plan(config, shape, device, f"plan {cached.id} cannot run here ({error})")
-    return _follow(cached, config, device)
+    if problem is not None:
+        return without_plan(config, shape, device, problem + nearest, hint=hint)
+    return _follow_shipped(found, config, device, key, verification, nearest)
 
 
 def without_plan(config: RunConfig, shape: ModelShape, device: Device, why: str, *, hint: str = "") -> Resolution:
@@ -287,13 +312,62 @@ def gib(count: float) -> str:
 
 def _follow(plan: Plan, config: RunConfig, device: Device) -> Resolution:
     choices, pinned = _pinned(plan.choices, config)
-    message = f"plan {plan.id}: {choices.summary()}; {plan.origin} {age(plan.evidence.created_at)}"
+    message = f"plan {plan.id}: {choices.summary()}; {plan.origin} {age(plan.evidence.created_at)}{_speeds(plan)}"
+    return Resolution(
+        plan=plan, choices=choices, message=message + _own(pinned), warnings=tuple(soft_difference(plan))
+    )  # fmt: skip
+
+
+def _follow_shipped(
+    plan: Plan, config: RunConfig, device: Device, key: PlanKey, verification: Verification | None, nearest: str
+) -> Resolution:
+    choices, pinned = _pinned(choices_here(plan, key), config)
+    message = (
+        f"plan {plan.id}: {choices.summary()}; shipped with fastft {__version__}, made on {plan.key.device} "
+        f"{age(plan.evidence.created_at)}{_speeds(plan)}; {describe_verification(verification)}{nearest}"
+    )
+    return Resolution(
+        plan=plan, choices=choices, message=message + _own(pinned), warnings=tuple(soft_difference(plan)),
+        verified_for=None if pinned else key,
+    )  # fmt: skip
+
+
+def describe_verification(verification: Verification | None) -> str:
+    """One phrase: `verified on this machine 2 days ago`."""
+    if verification is None:
+        return "not verified on this machine yet"
+    return f"{verification.verdict} on this machine {age(verification.created_at)}"
+
+
+def _speeds(plan: Plan) -> str:
     best, default = plan.evidence.best_tokens_per_second, plan.evidence.default_tokens_per_second
-    if best is not None:
-        message += f" at {best:,.0f} tokens/s" + (f" (default {default:,.0f})" if default is not None else "")
-    if pinned:
-        message += f"; this run itself sets {', '.join(pinned)}"
-    return Resolution(plan=plan, choices=choices, message=message, warnings=tuple(soft_difference(plan)))
+    if best is None:
+        return ""
+    return f" at {best:,.0f} tokens/s" + (f" (default {default:,.0f})" if default is not None else "")
+
+
+def _own(pinned: list[str]) -> str:
+    return f"; this run itself sets {', '.join(pinned)}" if pinned else ""
+
+
+def _why_not(plan: Plan, device: Device) -> str | None:
+    """Why a plan cannot be followed on this device, or None."""
+    try:
+        _require_backend(plan.choices.backend, device)
+    except (BackendError, ConfigError) as error:
+        return f"plan {plan.id} cannot run here ({error})"
+    return None
+
+
+def _nearest(key: PlanKey, store: PlanStore) -> str:
+    """The cached plan for this model that missed by the fewest fields, and these; empty if there is none."""
+    misses = [(describe_difference(plan.key, key), plan) for plan in store.entries()
+              if plan.key.model_shape == key.model_shape]  # fmt: skip
+    if not misses:
+        return ""
+    phrases, plan = min(misses, key=lambda miss: len(miss[0]))
+    more = f" and {len(phrases) - _NAMED_FIELDS} more" if len(phrases) > _NAMED_FIELDS else ""
+    return f" (the nearest of yours, {plan.id}, differs: {'; '.join(phrases[:_NAMED_FIELDS])}{more})"
 
 
 def _pinned(choices: Choices, config: RunConfig) -> tuple[Choices, list[str]]:

@@ -14,6 +14,7 @@ from reports.html import render_html
 from reports.kernels import SHARE, kernel_files, kernel_table
 from reports.markdown import FIGURES, render_markdown
 from reports.numbers import DASH, clean, plural
+from reports.regret import HOW_TO_READ, are_trials, regret_files, regret_tables, trial_files
 from reports.statistics import CONFIDENCE, MIN_PROCESSES, RESAMPLES
 from reports.tables import (
     Cell,
@@ -30,6 +31,7 @@ from reports.tables import (
     quality_table,
     ratio_table,
     slug,
+    tuned_table,
 )
 
 
@@ -58,7 +60,7 @@ def build_report(
 
     Args:
         inputs: JSONL files of records, or folders that hold some at any depth; a `kernels.json` beside them, the
-            micro-benchmarks of kernels, becomes a table.
+            micro-benchmarks of kernels, becomes a table, and so do a `regret.json` and a `repeats.json`.
         output: a new or empty folder.
         title: the page's title; the names of the scenarios by default.
         baseline: the arm that all others are compared with.
@@ -72,16 +74,18 @@ def build_report(
     """
     sources = [(file, _read(file)) for file in _files(inputs)]
     records = [record for _, found in sources for record in found]
-    kernels = kernel_files(inputs)
+    kernels, regrets = kernel_files(inputs), regret_files(inputs)
     scenarios = compare(records, baseline=baseline, seed=seed)
     sections = _sections(scenarios, seed)
+    against_default = tuned_table(scenarios, seed)
     document = Document(
         title=clean(title or f"Benchmark: {', '.join(scenario.name for scenario in scenarios)}", 160),
         facts=_facts(records),
         sections=sections,
+        plans=(*([against_default] if against_default is not None else []), *regret_tables(regrets)),
         kernels=kernel_table(kernels),
-        how_to_read=(*_how_to_read(seed), *([SHARE] if kernels else [])),
-        sources=_sources_table(sources, kernels),
+        how_to_read=(*_how_to_read(seed), *(HOW_TO_READ if regrets else []), *([SHARE] if kernels else [])),
+        sources=_sources_table(sources, [*regrets, *trial_files(inputs), *kernels]),
     )
     # Everything is rendered before anything is written: a failure up to here leaves the folder untouched.
     html, markdown = render_html(document), render_markdown(document)
@@ -110,7 +114,9 @@ def _files(inputs: Sequence[Path]) -> list[Path]:
         raise DataError("no records were named", fix="name a .jsonl file or a folder of them")
     files: dict[Path, Path] = {}
     for path in inputs:
-        found = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            found = [file for file in sorted(path.rglob("*.jsonl")) if not are_trials(file)]
         for file in found or [path]:
             files.setdefault(file.resolve(), file)
     return list(files.values())
@@ -127,7 +133,9 @@ def _read(file: Path) -> list[Record]:
 def _sections(scenarios: Sequence[Scenario], seed: int) -> tuple[Section, ...]:
     sections: list[Section] = []
     for scenario in scenarios:
-        name = slug(scenario.name, taken=["how-to-read", "sources", *(section.slug for section in sections)])
+        name = slug(
+            scenario.name, taken=["how-to-read", "sources", "plans", "kernels", *(section.slug for section in sections)]
+        )
         tables = [measured_table(scenario), quality_table(scenario), plan_table(scenario)]
         sections.append(
             Section(
@@ -154,9 +162,9 @@ def _facts(records: Sequence[Record]) -> str:
     return " · ".join([plural(len(records), "record"), *devices, *when])
 
 
-def _sources_table(sources: Sequence[tuple[Path, list[Record]]], kernels: Sequence[Path]) -> Table:
+def _sources_table(sources: Sequence[tuple[Path, list[Record]]], others: Sequence[Path]) -> Table:
     rows = []
-    for file, count in [*((file, f"{len(found):,}") for file, found in sources), *((file, DASH) for file in kernels)]:
+    for file, count in [*((file, f"{len(found):,}") for file, found in sources), *((file, DASH) for file in others)]:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         rows.append((Cell(clean(file.name)), Cell(count), Cell(digest)))
     return Table("Sources", ("File", "Records", "SHA-256"), tuple(rows), prose=True)

@@ -187,7 +187,7 @@ def _scenario(name: str, records: list[Record], baseline: str, seed: int) -> Sce
         if arm.ok and arm.gate_error is None and not any(record.parity for record in arm.records):
             warnings.append(f"{arm.name}: the parity gate did not run, so its gradients were not checked")
     reference = arms[0] if arms[0].name == baseline else None
-    comparisons = () if reference is None else tuple(_compare(name, arm, reference, seed) for arm in arms[1:])
+    comparisons = () if reference is None else tuple(compare_arms(name, arm, reference, seed) for arm in arms[1:])
     if reference is None:
         warnings.append(f"The baseline {baseline} did not run here: there is nothing to compare with.")
     counts = {one.processes for one in comparisons if one.tokens_per_second and one.tokens_per_second.low is not None}
@@ -199,7 +199,8 @@ def _scenario(name: str, records: list[Record], baseline: str, seed: int) -> Sce
     return Scenario(name, baseline, arms, comparisons, tuple(warnings))
 
 
-def _compare(scenario: str, arm: Arm, baseline: Arm, seed: int) -> Comparison:
+def compare_arms(scenario: str, arm: Arm, baseline: Arm, seed: int) -> Comparison:
+    """The arm against the baseline, over the repetitions that both finished; or why nothing can be said."""
     pairs = _pair(arm, baseline)
     reasons = [
         f"{side.name} {side.obstacle}" for side in (arm, baseline) if side.obstacle is not None

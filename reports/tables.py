@@ -15,6 +15,7 @@ from reports.comparison import (
     Arm,
     Scenario,
     accuracy_after,
+    compare_arms,
     memory_above_model,
     peak_memory,
     reserved_memory,
@@ -25,6 +26,11 @@ from reports.statistics import Estimate, Spread, mean_sd, process_rate, process_
 
 Tone = Literal["", "bad", "warn", "muted"]
 Reading = Callable[[Record], float | None]
+
+DEFAULT = "+default"
+"""Ends the name of an arm that follows no plan; what stands before is the arm that does."""
+LEAST_TUNED_RATIO = 0.99
+"""A tuned plan that is slower than the default by more misses its target."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class Document:
     title: str
     facts: str
     sections: tuple[Section, ...]
+    plans: tuple[Table, ...]
+    """What tuning gained, and how near its choice is to the best, where that was measured."""
     kernels: Table | None
     """Micro-benchmarks of kernels, where there are some."""
     how_to_read: tuple[tuple[str, str], ...]
@@ -188,6 +196,30 @@ def plan_table(scenario: Scenario) -> Table:
         for choices, plan, ledger in plans:
             rows.append((Cell(arm.name), Cell(choices), Cell(plan), Cell(ledger)))
     return Table("What each arm did", ("Arm", "Choices", "Plan", "Paths taken"), tuple(rows), prose=True)
+
+
+def tuned_table(scenarios: Sequence[Scenario], seed: int) -> Table | None:
+    """Each arm that follows a plan against the same one without, over all scenarios that have both."""
+    rows: list[tuple[Cell, ...]] = []
+    for scenario in scenarios:
+        arms = {arm.name: arm for arm in scenario.arms}
+        for name, default in arms.items():
+            tuned = arms.get(name.removesuffix(DEFAULT))
+            if not name.endswith(DEFAULT) or tuned is None:
+                continue
+            one = compare_arms(scenario.name, tuned, default, seed)
+            row = Cell(scenario.name, f"{tuned.name}, n = {one.processes}")
+            if one.withheld:
+                rows.append((row, Cell("no ratio", "; ".join(one.withheld[:3]), "bad", columns=5)))
+                continue
+            peaks = [Cell(*span(arm.spread(peak_memory), scale=2.0**30)) for arm in (default, tuned)]
+            gain = _estimate_cell(one.tokens_per_second, ratio)
+            if one.tokens_per_second is not None and one.tokens_per_second.value < LEAST_TUNED_RATIO:
+                gain = Cell(gain.text, f"{gain.detail}; more than 1 % slower", "bad")
+            speeds = [_spread_cell(arm.spread(process_rate)) for arm in (default, tuned)]
+            rows.append((row, *speeds, gain, *peaks))
+    columns = ("Scenario", "Default, tokens/s", "Tuned, tokens/s", "Ratio", "Default's peak, GiB", "Tuned peak, GiB")
+    return Table("Tuned against default", columns, tuple(rows)) if rows else None
 
 
 def environment_table(scenario: Scenario) -> Table:

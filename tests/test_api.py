@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -25,6 +26,9 @@ from fastft.models.shapes import SHAPES
 from fastft.plan import Choices, Evidence, Plan
 from fastft.plan_store import PlanStore
 from fastft.planning import plan_key
+from fastft.plans import shipped
+from fastft.plans.shipped import ShippedPlans
+from fastft.plans.verification import Verifications, rejected
 
 # Looser than in tests/engine: with the shapes' own small weights, k's gradient is a difference of nearly equal numbers.
 TOLERANCE = 1e-4
@@ -33,6 +37,7 @@ TOLERANCE = 1e-4
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTFT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "shipped")
 
 
 def load(model: str = "toy-llama", **more: Any) -> Any:
@@ -353,7 +358,72 @@ def test_explicit_checkpointing_wins_over_the_plan():
     assert placement_of(model) == ["full"] * 3
 
 
+def ship(**choices: Any) -> Plan:
+    """A shipped plan that other kernels made."""
+    plan = make_plan(**choices)
+    plan = plan.model_copy(update={"key": plan.key.model_copy(update={"kernels_sha256": "f" * 64})})
+    path = ShippedPlans().path(plan)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(plan.to_json())
+    return plan
+
+
+def test_a_shipped_plan_is_followed_up_to_its_own_micro_batch(caplog):
+    plan = ship(micro_batch=3, accumulation=2, attention="sdpa")
+    with caplog.at_level(logging.INFO, logger="fastft"):
+        model = adapt()
+    assert f"plan {plan.id} (shipped): " in caplog.text
+    assert_equals_stock(model)  # 3 rows
+    assert placement_of(model) == ["full", "keep", "mlp"]
+    ship(micro_batch=2, accumulation=3)
+    model = adapt()
+    assert_equals_stock(model)
+    assert placement_of(model) != ["full", "keep", "mlp"]  # by estimate
+
+
+def test_the_users_plan_comes_before_a_shipped_one():
+    ship()
+    PlanStore().save(make_plan(placement=["mlp"] * 3))
+    assert placement_of(adapt()) == ["mlp"] * 3
+
+
+def test_a_shipped_plan_that_a_run_rejected_is_not_followed(caplog):
+    plan = ship()
+    Verifications().save(make_plan().key, rejected(plan, "too large"))
+    with caplog.at_level(logging.INFO, logger="fastft"):
+        adapt()
+    assert plan.id not in caplog.text
+
+
+def test_a_saved_adapter_names_the_plan(tmp_path):
+    plan = make_plan()
+    PlanStore().save(plan)
+    adapt().save_pretrained(tmp_path / "planned")
+    adapt(plan="none").save_pretrained(tmp_path / "default")
+    facts = json.loads((tmp_path / "planned" / "fastft.json").read_text())
+    assert (facts["plan_id"], facts["choices"]) == (plan.id, plan.choices.model_dump())
+    assert json.loads((tmp_path / "default" / "fastft.json").read_text())["plan_id"] is None
+    base = transformers.AutoModelForCausalLM.from_config(SHAPES["toy-llama"].to_config())
+    assert peft.PeftModel.from_pretrained(base, tmp_path / "planned").peft_config["default"].r == 4
+
+
 # patch_hf_training
+
+
+def test_launches_of_plans_for_the_same_widths_are_followed_and_nothing_else(monkeypatch):
+    launch, bucket = list(OPERATIONS["add"].launches[1]), "add/64x16/32bit/256"
+    PlanStore().save(make_plan(kernels={bucket: launch}))
+    monkeypatch.setattr("fastft.api._backend_name", lambda *_: "triton")
+    with patch_hf_training(backend="triton"):
+        model = stock_model()
+        assert launch_for("add", (64, 16), 4, 100) == tuple(launch)
+        assert placement_of(model) == ["light"] * 3
+        stock_model(r=5)
+        assert launch_for("add", (64, 16), 4, 100) == OPERATIONS["add"].launches[0], "a plan for another rank"
+        ship(kernels={bucket: launch})
+        PlanStore().path(make_plan().key).unlink()
+        stock_model()
+        assert launch_for("add", (64, 16), 4, 100) == OPERATIONS["add"].launches[0], "timed with other kernels"
 
 
 def stock_model(**lora: Any) -> Any:

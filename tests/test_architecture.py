@@ -21,6 +21,7 @@ LAYERS = (
     ("measure",),
     ("api", "training"),
     ("engine", "planning"),
+    ("plans",),
     ("backends", "adapters", "memory", "plan_store"),
     ("models",),
     ("kernels", "data"),

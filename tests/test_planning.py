@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+import fastft
 from fastft import planning
 from fastft.config import LoraConfig, RunConfig
 from fastft.errors import BackendError, ModelError, PlanError
@@ -22,6 +23,8 @@ from fastft.planning import (
     resolve_backend,
     tune_command,
 )
+from fastft.plans.shipped import ShippedPlans
+from fastft.plans.verification import Verifications, rejected
 
 CPU = Device("cpu", "Test CPU", None, None, 2**35 + 12345, 2)
 GPU = Device("cuda", "Test GPU", "9.0", 132, 140 * 2**30, 8, "0000:01")
@@ -157,6 +160,85 @@ def test_a_cached_plan_is_followed_and_described(store: PlanStore) -> None:
     for part in (plan.id, plan.choices.summary(), "3 days ago", "12,346 tokens/s", "default 10,000"):
         assert part in found.message
     assert found.warnings == ()
+
+
+def test_a_miss_names_the_nearest_plan_and_why_it_missed(store: PlanStore) -> None:
+    stale = tuned()
+    stale = stale.model_copy(update={"key": stale.key.model_copy(update={"kernels_sha256": "f" * 64})})
+    further = tuned(CONFIG.model_copy(update={"sequence_tokens": 64, "packing": True}))
+    other_model = stale.model_copy(update={"key": stale.key.model_copy(update={"model_shape": {"layers": 3}})})
+    for plan in (stale, further, other_model):
+        store.save(plan)
+    found = resolve(CONFIG, SHAPE, CPU, store)
+    assert found.plan is None
+    assert (
+        f"no plan for this run yet (the nearest of yours, {stale.id}, differs: kernels_sha256: plan ffffffffffff, this "
+        f"run {plan_key(CONFIG, SHAPE, CPU).kernels_sha256[:12]}): default "
+    ) in found.message
+    assert "\n" not in found.message
+
+
+def test_few_of_many_differences_are_named(store: PlanStore) -> None:
+    store.save(tuned(CONFIG.model_copy(update={"sequence_tokens": 64, "packing": True, "dtype": "bf16"}), GPU))
+    message = resolve(CONFIG, SHAPE, CPU, store).message
+    assert "differs: device: plan Test GPU, this run Test CPU; " in message
+    assert " and 4 more): default" in message
+
+
+# Shipped plans (their lookup and verdicts: tests/plans)
+
+
+@pytest.fixture
+def shipped(tmp_path: Path) -> ShippedPlans:
+    """Holds a plan for CONFIG on CPU, made by other kernels."""
+    plans = ShippedPlans(tmp_path / "shipped")
+    plans.folder.mkdir()
+    plan = with_other_kernels(tuned(model_name="toy-llama"))
+    plans.path(plan).write_text(plan.to_json())
+    return plans
+
+
+def with_other_kernels(plan: Plan) -> Plan:
+    return plan.model_copy(update={"key": plan.key.model_copy(update={"kernels_sha256": "f" * 64})})
+
+
+def test_a_shipped_plan_is_followed_where_the_user_has_none(store: PlanStore, shipped: ShippedPlans) -> None:
+    (plan,) = shipped.entries()
+    found = resolve(CONFIG, SHAPE, CPU, store, shipped)
+    assert (found.plan, found.choices) == (plan, plan.choices)
+    assert found.verified_for == plan_key(CONFIG, SHAPE, CPU)
+    assert found.message == (
+        f"plan {plan.id}: {plan.choices.summary()}; shipped with fastft {fastft.__version__}, made on Test CPU 3 days "
+        "ago at 12,346 tokens/s (default 10,000); not verified on this machine yet"
+    )
+    own = tuned(choices=plan.choices.model_copy(update={"micro_batch": 4, "accumulation": 4}))
+    store.save(own)
+    found = resolve(CONFIG, SHAPE, CPU, store, shipped)
+    assert (found.plan, found.verified_for) == (own, None)
+
+
+def test_a_shipped_plan_names_the_users_own_that_missed(store: PlanStore, shipped: ShippedPlans) -> None:
+    store.save(stale := with_other_kernels(tuned()))
+    message = resolve(CONFIG, SHAPE, CPU, store, shipped).message
+    assert f"not verified on this machine yet (the nearest of yours, {stale.id}, differs: kernels_sha256: " in message
+
+
+def test_a_rejected_plan_gives_the_default_and_the_reason(store: PlanStore, shipped: ShippedPlans) -> None:
+    (plan,) = shipped.entries()
+    Verifications(store.cache).save(plan_key(CONFIG, SHAPE, CPU), rejected(plan, "too large"))
+    found = resolve(CONFIG, SHAPE, CPU, store, shipped)
+    assert (found.plan, found.verified_for) == (None, None)
+    assert found.choices == default_choices(CONFIG, SHAPE, "eager", CPU)
+    assert f"was rejected on this machine just now (too large): default {found.choices.summary()}" in found.message
+    assert tune_command(CONFIG) in found.message
+
+
+def test_a_shipped_plan_that_is_not_followed_as_it_is_is_not_verified(store: PlanStore, shipped: ShippedPlans) -> None:
+    found = resolve(CONFIG.model_copy(update={"micro_batch": 2}), SHAPE, CPU, store, shipped)
+    assert found.plan is not None
+    assert found.verified_for is None
+    assert found.message.endswith("; this run itself sets micro_batch = 2")
+    assert resolve(CONFIG.model_copy(update={"plan": "none"}), SHAPE, CPU, store, shipped).plan is None
 
 
 def test_plan_none_ignores_the_store(store: PlanStore) -> None:

@@ -1,20 +1,22 @@
-"""`fastft plan`: look at the plans in the cache, share them, clean up."""
+"""`fastft plan`: look at the plans in the cache and those that are shipped, share them, clean up."""
 
-import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastft.commands.flags import JsonFlag
+from fastft.commands.reasons import reasons, shown
 from fastft.config import RunConfig
 from fastft.console import print_json, print_line, print_table, say
 from fastft.errors import BackendError, ConfigError, PlanError
 from fastft.hardware import detect_device
 from fastft.models.shapes import SHAPES
 from fastft.plan import Plan, PlanKey
-from fastft.plan_store import PlanStore, read_foreign_plan
-from fastft.planning import age, gib, plan_key
+from fastft.plan_store import PlanStore, find_plan, read_foreign_plan
+from fastft.planning import age, describe_verification, gib, plan_key
+from fastft.plans.shipped import MAY_DIFFER, ShippedPlans
+from fastft.plans.verification import Verification, Verifications
 
 HERE = "this machine"
 
@@ -23,15 +25,18 @@ ForceFlag = Annotated[bool, typer.Option("--force", help="Replace what is there.
 
 
 def list_(as_json: JsonFlag = False) -> None:
-    """List the plans in the cache, the newest first."""
-    store = PlanStore()
-    plans = store.entries()
-    differing = {plan.id: [name for name, *_ in _differences(plan.key, _key_here(plan.key))] for plan in plans}
+    """List the plans in the cache, the newest first, then those that are shipped."""
+    store, shipped = PlanStore(), ShippedPlans()
+    plans = _plans()
+    differing = {plan.id: _misses(plan) for plan in plans}
+    verified = {plan.id: _verification(plan) for plan in plans}
     if as_json:
         print_json([
             {"id": plan.id, "model": plan.model_name, "origin": plan.origin, "created_at": plan.evidence.created_at,
              "choices": plan.choices.model_dump(), "tokens_per_second": plan.evidence.best_tokens_per_second,
-             "device": plan.key.device, "differs_here": differing[plan.id], "path": str(store.path(plan.key))}
+             "device": plan.key.device, "differs_here": differing[plan.id],
+             "path": str(shipped.path(plan) if plan.origin == "shipped" else store.path(plan.key)),
+             "verification": None if (known := verified[plan.id]) is None else known.model_dump()}
             for plan in plans
         ])  # fmt: skip
         return
@@ -41,15 +46,16 @@ def list_(as_json: JsonFlag = False) -> None:
     rows = [
         [plan.id, plan.model_name or "?", f"{plan.origin} {age(plan.evidence.created_at)}",
          f"{plan.evidence.best_tokens_per_second or 0:,.0f}", plan.choices.summary(),
-         "yes" if not differing[plan.id] else f"no: {', '.join(differing[plan.id])}"]
+         f"no: {', '.join(differing[plan.id])}" if differing[plan.id] else
+         f"yes, {describe_verification(verified[plan.id])}" if plan.origin == "shipped" else "yes"]
         for plan in plans
     ]  # fmt: skip
     print_table(["ID", "MODEL", "ORIGIN", "TOKENS/S", "CHOICES", "FITS HERE"], rows)
 
 
 def show(id: PlanArgument, as_json: JsonFlag = False) -> None:
-    """Show a plan: for what it holds, its choices, its evidence."""
-    plan = PlanStore().find(id)
+    """Show a plan: for what it holds, its choices and what decided each, everything that was tried."""
+    plan = find_plan(_plans(), id)
     if as_json:
         print_json({"id": plan.id, **plan.model_dump()})
         return
@@ -58,12 +64,13 @@ def show(id: PlanArgument, as_json: JsonFlag = False) -> None:
     print_line(
         f"{plan.origin} {age(evidence.created_at)} ({evidence.created_at or 'no date'}) by {evidence.command or '?'}"
     )
+    if plan.origin == "shipped" and not _misses(plan):
+        known = _verification(plan)
+        print_line(describe_verification(known) + (f": {known.detail}" if known is not None else ""))
     print_line("")
     print_table(["  FIELD", "VALUE"], [[f"  {name}", _shown(value)] for name, value in _flat(plan.key).items()])
     print_line("")
-    choices = plan.choices.model_dump(exclude={"kernels"})
-    choices |= {f"kernels.{bucket}": _fields(launch) for bucket, launch in plan.choices.kernels.items()}
-    print_table(["  CHOICE", "VALUE"], [[f"  {name}", _shown(value)] for name, value in choices.items()])
+    print_table(["  CHOICE", "VALUE", "BECAUSE"], [[f"  {name}", *rest] for name, *rest in reasons(plan)])
     print_line("")
     rows = [
         [f"  {trial.choices.summary()}", trial.verdict.replace("_", " "),
@@ -115,9 +122,8 @@ def export(
     force: ForceFlag = False,
 ) -> None:
     """Write a plan to a file, to be imported elsewhere."""
-    store = PlanStore()
-    plan = store.find(id)
-    store.export(plan, path, force=force)
+    plan = find_plan(_plans(), id)
+    PlanStore().export(plan, path, force=force)
     print_line(f"plan {plan.id} written to {path}")
 
 
@@ -141,9 +147,9 @@ def import_(
 
 
 def verify(as_json: JsonFlag = False) -> None:
-    """Check every file in the cache: schema, checksum, name."""
+    """Check every file in the cache, and those that are shipped: schema, checksum, name."""
     store = PlanStore()
-    checked = store.verify()
+    checked = [*store.verify(), *ShippedPlans().verify()]
     if as_json:
         print_json({str(path): problem for path, problem in checked})
     else:
@@ -153,7 +159,7 @@ def verify(as_json: JsonFlag = False) -> None:
             say(f"no plans in {store.folder}")
     bad = [path for path, problem in checked if problem is not None]
     if bad:
-        raise PlanError(f"{len(bad)} of {len(checked)} plans are bad", fix="tune again; a run moves a bad file away")
+        raise PlanError(f"{len(bad)} of {len(checked)} plans are bad", fix="tune again; a run uses no bad file")
 
 
 def prune(
@@ -163,7 +169,7 @@ def prune(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Remove plans that are old or outdated."""
+    """Remove plans that are old or outdated from the cache."""
     if older_than is None and not stale:
         raise ConfigError("prune needs to know what to remove", got="neither", allowed=["--older-than DAYS", "--stale"],
                           fix="name one")  # fmt: skip
@@ -179,9 +185,28 @@ def prune(
 
 
 def _find(name: str) -> Plan:
-    """A plan of the cache by its id, or a plan file."""
+    """A plan by its id, or a plan file."""
     path = Path(name)
-    return read_foreign_plan(path) if path.suffix == ".json" or path.is_file() else PlanStore().find(name)
+    return read_foreign_plan(path) if path.suffix == ".json" or path.is_file() else find_plan(_plans(), name)
+
+
+def _plans() -> list[Plan]:
+    """Those of the cache, then the shipped ones; an id stands for the first that has it."""
+    plans = [*PlanStore().entries(), *ShippedPlans().entries()]
+    return list({plan.id: plan for plan in reversed(plans)}.values())[::-1]
+
+
+def _misses(plan: Plan) -> list[str]:
+    """The fields for which a plan is not followed on this machine."""
+    here = _key_here(plan.key)
+    if plan.origin == "shipped" and set(plan.key.difference(here)) <= MAY_DIFFER:
+        return []
+    return [name for name, *_ in _differences(plan.key, here)]
+
+
+def _verification(plan: Plan) -> Verification | None:
+    """What is known on this machine about a shipped plan."""
+    return Verifications().load(_key_here(plan.key), plan) if plan.origin == "shipped" else None
 
 
 def _key_here(key: PlanKey) -> PlanKey:
@@ -222,9 +247,6 @@ def _fields(launch: list[int]) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        counted = [(item, len(list(run))) for item, run in itertools.groupby(value)]
-        return ", ".join(str(item) if count == 1 else f"{count}×{item}" for item, count in counted)
     if isinstance(value, int) and not isinstance(value, bool) and value >= 2**30:
         return gib(value)
-    return str(value)
+    return shown(value)

@@ -1,6 +1,7 @@
 """`fastft tune`: measure this device once and keep the fastest plan that trains the same thing."""
 
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,18 +9,20 @@ import typer
 
 from fastft.commands.flags import KEY_FLAGS, JsonFlag, run_flags
 from fastft.config import RunConfig
-from fastft.console import Meter, keeping, print_json, print_line, progress, say
-from fastft.errors import ConfigError, FastftError
+from fastft.console import Meter, keeping, print_json, print_line, print_table, progress, say
+from fastft.errors import ConfigError, FastftError, PlanError
 from fastft.files import write_atomically
 from fastft.hardware import Device, detect_device
 from fastft.models.shapes import SHAPES, ModelShape
 from fastft.plan import Choices, Evidence, Plan, PlanKey
 from fastft.plan_store import PlanStore
-from fastft.planning import age, gib, model_shape, plan_key
+from fastft.planning import age, gib, model_shape, plan_key, tune_command
 from fastft.siblings import import_sibling
 
 if TYPE_CHECKING:
-    from autotune.search import Progress, TuneResult
+    from autotune.explain import UnderCap
+    from autotune.phases import Progress
+    from autotune.search import DryRun, TuneResult
 
 GATE_LAYERS = 6
 """Depth at which a shipped shape is checked: one layer a placement policy."""
@@ -34,8 +37,14 @@ def tune(
     effort: Annotated[
         str, typer.Option(metavar="quick|full|exhaustive", help="How much is tried: minutes, more, or everything.")
     ] = "quick",
-    max_minutes: Annotated[float | None, typer.Option(help="Start no measurement that would end later.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be tried.")] = False,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(help="Measure nothing that would end later; on a GPU quick has 5, full 15 by default."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be tried, and its cost.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Only say what the plan would be under other memory caps.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Measure again even if there is a plan.")] = False,
     as_json: JsonFlag = False,
     **run: Any,
@@ -52,7 +61,10 @@ def tune(
     device, store = detect_device(config.device), PlanStore()
     shape = model_shape(config, store.cache)
     if dry_run:
-        _list_candidates(config, effort, shape, device, as_json)
+        _list_candidates(config, effort, store, shape, device, as_json)
+        return
+    if explain:
+        _explain(config, store, shape, device, as_json)
         return
     with progress() as meter:
         result = tune_verified(
@@ -65,9 +77,11 @@ def tune(
     print_line(f"plan {plan.id}: {plan.choices.summary()}")
     evidence = plan.evidence
     origin = f"from the cache, {plan.origin} {age(evidence.created_at)}" if result.cached else (
-        f"tuned in {evidence.seconds:,.0f} s, {len(evidence.trials)} measurements"
+        f"tuned in {evidence.seconds:,.0f} s, {_measurements(evidence)}"
     )  # fmt: skip
     print_line("; ".join([origin, *_speeds(plan)]))
+    if evidence.out_of_time:
+        print_line("the time was over before everything was tried; --force and more --max-minutes go on")
     print_line(f"kept in {path}; `fastft train` with the same model and settings follows it")
 
 
@@ -149,16 +163,52 @@ def _one_model(model: str | None, flag: str | None) -> str:
     return model or flag or ""
 
 
-def _list_candidates(config: RunConfig, effort: str, shape: ModelShape, device: Device, as_json: bool) -> None:
-    search = import_sibling("autotune.search")
-    import_sibling("autotune.space")
-    candidates: list[Choices] = search.dry_run(config, effort=effort, shape=shape, device=device)
+def _list_candidates(
+    config: RunConfig, effort: str, store: PlanStore, shape: ModelShape, device: Device, as_json: bool
+) -> None:
+    dry: DryRun = import_sibling("autotune.search").dry_run(
+        config, effort=effort, store=store, shape=shape, device=device
+    )
     if as_json:
-        print_json([choices.model_dump() for choices in candidates])
+        print_json(asdict(dry) | {"candidates": [choices.model_dump() for choices in dry.candidates]})
         return
-    for number, choices in enumerate(candidates, 1):
+    for number, choices in enumerate(dry.candidates, 1):
         print_line(f"{number:3}. {choices.summary()}{' (the default)' if number == 1 else ''}")
-    say(f"up to {len(candidates)} candidates on {device.name}, fewer where one rules out others; nothing was measured")
+    basis = "as earlier ones took here" if dry.probe_seconds_measured else "assumed, none was measured here yet"
+    kernels = f", and {dry.kernel_seconds:.0f} s for launches of kernels" if dry.kernel_seconds else ""
+    most = "any number of" if dry.probes is None else f"at most {dry.probes}"
+    print_line(f"{len(dry.candidates)} uniform candidates on {device.name}, fewer where one rules out others")
+    print_line(
+        f"{most} measurements, mixed placements, refinements and repetitions included, of {dry.probe_seconds:.0f} s "
+        f"each ({basis}){kernels}"
+    )
+    ends = "when all was tried" if dry.minutes is None else f"after {_duration(60 * dry.minutes)} at most"
+    print_line(f"it ends {ends}; nothing was measured now")
+
+
+def _explain(config: RunConfig, store: PlanStore, shape: ModelShape, device: Device, as_json: bool) -> None:
+    """What the plan would be under other caps."""
+    plan = store.load(plan_key(config, shape, device))
+    if plan is None:
+        raise PlanError("there is no plan to explain", got="none for this run", fix=f"tune it: {tune_command(config)}")
+    ladder: list[UnderCap] = import_sibling("autotune.explain").explain(plan, config, shape, device)
+    if as_json:
+        print_json([asdict(rung) | {"choices": rung.choices.model_dump()} for rung in ladder])
+        return
+    print_line(f"plan {plan.id}: {plan.choices.summary()}")
+    rows = [
+        (
+            gib(rung.cap_bytes),
+            f"{rung.tokens_per_second:,.0f}",
+            gib(rung.peak_bytes),
+            rung.basis,
+            rung.choices.summary(),
+        )
+        for rung in ladder
+    ]
+    print_table(("from a cap of", "tokens/s", "peak", "basis", "choices"), rows)
+    if any(rung.basis == "predicted" for rung in ladder):
+        say("predicted: solved from what layers cost in the plan's trials; tuning under that --memory-cap measures it")
 
 
 def _show(progress: "Progress", meter: Meter) -> None:
@@ -174,7 +224,8 @@ def _show(progress: "Progress", meter: Meter) -> None:
     best = f"; best so far {rate:,.0f} tokens/s" if rate is not None else ""
     left = f", {_duration(progress.eta_seconds)} left" if progress.eta_seconds else ""
     done = progress.index - (progress.trial is None)
-    text = f"{progress.index} of up to {progress.total}{left}: {progress.choices.summary()}{best}"
+    number = f"{progress.phase}, {progress.index} of up to {progress.total}"
+    text = f"{number}{left}: {progress.choices.summary()}{best}"
     meter.update(text, done, progress.total)
     trial = progress.trial
     if trial is None:
@@ -186,7 +237,14 @@ def _show(progress: "Progress", meter: Meter) -> None:
             outcome += f", peak {gib(trial.peak_bytes)}"
     elif trial.detail:
         outcome += f": {trial.detail.splitlines()[0][:160]}"
-    meter.line(f"{progress.index} of up to {progress.total}: {trial.choices.summary()}: {outcome}")
+    meter.line(f"{number}: {trial.choices.summary()}: {outcome}")
+
+
+def _measurements(evidence: Evidence) -> str:
+    """`7 measurements`, and how many of other tunings were of use."""
+    reused = sum(trial.reused for trial in evidence.trials)
+    count = f"{len(evidence.trials) - reused} measurements"
+    return f"{count}, {reused} more from tuning under other memory caps" if reused else count
 
 
 def _speeds(plan: Plan) -> list[str]:

@@ -8,23 +8,23 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastft.config import RunConfig
 from fastft.errors import DataError, ModelError, OutputError
-from fastft.files import canonical_json, new_folder, write_atomically
-from fastft.hardware import Device, detect_device, software_versions
+from fastft.files import new_folder
+from fastft.hardware import Device, detect_device
 from fastft.plan import Choices
 from fastft.plan_store import PlanStore
 from fastft.planning import Resolution, divisors, model_shape, resolve
+from fastft.plans.run_file import record_in_saves, run_facts
+from fastft.plans.verification import Verifications
 
 log = logging.getLogger("fastft")
 
-RUN_FILE = "fastft.json"
-"""Beside every saved adapter and checkpoint: the plan's id, the choices, the configuration, the versions."""
 EMBEDDED_ROWS = 4096
 """Training rows drawn from the embedded task's generator."""
 
@@ -45,12 +45,15 @@ class TrainResult:
     """One line: what was followed and where the adapter is."""
 
 
-def train(config: RunConfig, *, on_event: Callable[[str], None] | None = None) -> TrainResult:
+def train(
+    config: RunConfig, *, on_event: Callable[[str], None] | None = None, callbacks: Sequence[Any] = ()
+) -> TrainResult:
     """Train an adapter as `config` says and save it to `config.output`, where stock PEFT can load it.
 
     Args:
         config: the run.
         on_event: gets one line about each thing worth knowing (the plan, the data, the ledger).
+        callbacks: `transformers.TrainerCallback`s for the loop.
 
     Raises:
         FastftError: anything that makes the run impossible, found before training starts where that can be.
@@ -63,7 +66,7 @@ def train(config: RunConfig, *, on_event: Callable[[str], None] | None = None) -
         tell(f"warning: {warning}")
     output = _claim(config)
     try:
-        return _train(config, resolution, device, output, tell)
+        return _train(config, resolution, device, output, tell, callbacks)
     except BaseException:
         if output.is_dir() and not any(output.iterdir()):
             output.rmdir()
@@ -108,8 +111,15 @@ def _claim(config: RunConfig) -> Path:
 
 
 def _train(
-    config: RunConfig, resolution: Resolution, device: Device, output: Path, tell: Callable[[str], None]
+    config: RunConfig,
+    resolution: Resolution,
+    device: Device,
+    output: Path,
+    tell: Callable[[str], None],
+    callbacks: Sequence[Any],
 ) -> TrainResult:
+    import torch
+
     from fastft.training.session import build_session
 
     session = build_session(config, resolution.choices)
@@ -118,15 +128,24 @@ def _train(
             "a shipped shape has random weights and no tokenizer, so it cannot be fine-tuned", got=config.model,
             fix="give a model folder or a hub name; shapes are for tune and bench",
         )  # fmt: skip
-    samples, collate = _samples(config, session.tokenizer, tell)
+    samples, collate = training_samples(config, session.tokenizer, tell)
     session.model.config.use_cache = False
-    about = run_facts(config, resolution)
+    record_in_saves(session.model, run_facts(config, resolution.plan, resolution.choices))
     counter = _TokenCounter(collate)
-    trainer = _trainer(config, session, resolution.choices, device, output, samples, counter, about)
+    first_steps = _first_steps(resolution, device, tell)
+    trainer = _trainer(
+        config, session, resolution.choices, device, output, samples, counter,
+        [*callbacks, *([first_steps] if first_steps else [])],
+    )  # fmt: skip
     started = time.perf_counter()
-    done = trainer.train(resume_from_checkpoint=True if config.resume else None)
+    try:
+        done = trainer.train(resume_from_checkpoint=True if config.resume else None)
+    except torch.OutOfMemoryError:
+        if first_steps is not None:
+            first_steps.out_of_memory()
+        raise
     seconds = time.perf_counter() - started
-    save_adapter(session.model, session.tokenizer, output, about)
+    save_adapter(session.model, session.tokenizer, output)
     tell("ledger: " + "; ".join(f"{count}× {path}" for path, count in session.ledger().items()))
     plan_id = resolution.plan.id if resolution.plan is not None else None
     rate = counter.tokens / seconds
@@ -136,8 +155,24 @@ def _train(
     return TrainResult(output, done.global_step, done.training_loss, rate, seconds, plan_id, message)
 
 
-def _samples(config: RunConfig, tokenizer: Any, tell: Callable[[str], None]) -> tuple[list[Any], Callable[..., Any]]:
-    """The training samples (examples, or packs of them) and the function that makes a batch of some."""
+def _first_steps(resolution: Resolution, device: Device, tell: Callable[[str], None]) -> Any:
+    """The trainer's callback that verifies a shipped plan; None where nothing is to be verified, or cannot be."""
+    from fastft.training import first_steps
+
+    counters = first_steps.counters_for(device)
+    if resolution.plan is None or resolution.verified_for is None or counters is None:
+        return None
+    return first_steps.FirstSteps(resolution.plan, resolution.verified_for, counters, Verifications(), tell)
+
+
+def training_samples(
+    config: RunConfig, tokenizer: Any, tell: Callable[[str], None]
+) -> tuple[list[Any], Callable[..., Any]]:
+    """The training samples (examples, or packs of them) and the function that makes a batch of some.
+
+    Raises:
+        DataError: the data cannot be read or encoded.
+    """
     from functools import partial
 
     from fastft.data.collation import collate, collate_packs
@@ -168,17 +203,26 @@ def _samples(config: RunConfig, tokenizer: Any, tell: Callable[[str], None]) -> 
 
 
 class _TokenCounter:
-    """A collator that counts the real tokens passing through it."""
+    """A collator that counts the real tokens of each batch, and knows how many batches were trained.
+
+    The loader makes batches ahead of the loop, some that it never comes to.
+    """
 
     def __init__(self, collate: Callable[..., dict[str, Any]]) -> None:
         self._collate = collate
-        self.tokens = 0
+        self._tokens: list[int] = []
+        self.trained = 0
 
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
         batch = self._collate(samples)
         mask = batch.get("attention_mask")
-        self.tokens += int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+        self._tokens.append(int(mask.sum()) if mask is not None else batch["input_ids"].numel())
         return batch
+
+    @property
+    def tokens(self) -> int:
+        """Of the batches that were trained."""
+        return sum(self._tokens[: self.trained])
 
 
 def _trainer(
@@ -188,22 +232,21 @@ def _trainer(
     device: Device,
     output: Path,
     samples: list[Any],
-    collate: Callable[..., Any],
-    about: dict[str, Any],
+    counter: _TokenCounter,
+    callbacks: list[Any],
 ) -> Any:
     import sys
 
     import torch
     import transformers
 
-    class Provenance(transformers.TrainerCallback):
-        """Writes the run file into each checkpoint."""
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_atomically(folder / RUN_FILE, canonical_json(about) + "\n")
-
     parameters = session.model.num_parameters(exclude_embeddings=True)
+
+    class Count(transformers.TrainerCallback):
+        def on_substep_end(self, *_: Any, **__: Any) -> None:
+            counter.trained += 1
+
+        on_step_end = on_substep_end  # a step's last micro-batch
 
     class Loop(transformers.Trainer):
         """Counts the model's parameters once: at every step it costs the host as much as launching a small one."""
@@ -242,24 +285,14 @@ def _trainer(
         model=session.model,
         args=arguments,
         train_dataset=samples,
-        data_collator=collate,
+        data_collator=counter,
         optimizers=(session.optimizer, None),
-        callbacks=[Provenance()],
+        callbacks=[Count(), *callbacks],
     )
 
 
-def run_facts(config: RunConfig, resolution: Resolution) -> dict[str, Any]:
-    """What a saved adapter is told about its making: enough to run it again."""
-    return {
-        "plan_id": resolution.plan.id if resolution.plan is not None else None,
-        "choices": resolution.choices.model_dump(),
-        "config": config.model_dump(),
-        "versions": software_versions(),
-    }
-
-
-def save_adapter(model: Any, tokenizer: Any, output: Path, about: dict[str, Any]) -> None:
-    """Save adapter, tokenizer and run file into `output`; `adapter_config.json` appears last, when all is there.
+def save_adapter(model: Any, tokenizer: Any, output: Path) -> None:
+    """Save adapter, run file and tokenizer into `output`; `adapter_config.json` appears last, when all is there.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written; what stood there still does.
@@ -269,7 +302,6 @@ def save_adapter(model: Any, tokenizer: Any, output: Path, about: dict[str, Any]
         temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=output))
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        write_atomically(temporary / RUN_FILE, canonical_json(about) + "\n")
         files = sorted(temporary.iterdir(), key=lambda file: file.name == "adapter_config.json")
         for file in files:
             file.replace(output / file.name)

@@ -19,9 +19,10 @@ from typing import Any
 import filelock
 import pytest
 
-from autotune.journal import Journal
+from autotune.phases import Progress
+from autotune.pool import TrialPool
 from autotune.probe import ProbeRequest, judge
-from autotune.search import Progress, tune
+from autotune.search import tune
 from fastft.config import RunConfig
 from fastft.files import write_atomically
 from fastft.hardware import Device
@@ -219,7 +220,7 @@ def test_a_signal_before_and_after_every_change_of_a_file_loses_nothing(sent: Si
         ends_like(tuning, whole, 1)
         tuning.store.prune()
         assert tuning.leftovers() == [], "pruning removes what a killed process left"
-    assert place > 4 * len(whole.probes()), "each line of the journal has four places, and there is more"
+    assert place > 4 * len(whole.probes()), "each line of the pool has four places, and there is more"
 
 
 def test_an_interrupted_write_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,10 +236,10 @@ def test_an_interrupted_write_leaves_no_temporary_file(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("letter", ["\x85", "\u2028", "\u2029"])
-def test_a_line_of_the_journal_may_hold_letters_that_end_lines_elsewhere(letter: str, tmp_path: Path) -> None:
+def test_a_line_of_the_pool_may_hold_letters_that_end_lines_elsewhere(letter: str, tmp_path: Path) -> None:
     """JSON does not escape them, and `str.splitlines` splits at them."""
     choices = Choices(backend="eager", micro_batch=1, accumulation=1, placement=["light"])
     request = ProbeRequest(config=RunConfig(model=f"a{letter}b"), choices=choices)
     trial = Trial(choices=choices, verdict="out_of_memory", detail=f"no{letter}memory")
-    Journal(tmp_path / "x").add(request, trial)
-    assert Journal(tmp_path / "x").take(request) == trial
+    TrialPool(tmp_path / "x", "a").add(request, trial, 1.0)
+    assert TrialPool(tmp_path / "x", "a").take(request) == trial

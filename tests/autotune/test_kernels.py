@@ -14,8 +14,9 @@ from autotune.kernel_comparison import Limits
 from autotune.kernel_store import KernelStore
 from autotune.kernel_worker import MARKER, KernelAnswer, KernelRequest, answers
 from autotune.kernels import DEATHS, search_kernels, step_buckets, winners
+from autotune.phases import Progress
 from autotune.runner import Ended, run_worker
-from autotune.search import Progress, tune
+from autotune.search import tune
 from autotune.space import EFFORTS, default_candidate
 from fastft.config import LoraConfig, RunConfig
 from fastft.files import canonical_json, sha256_of
@@ -363,8 +364,19 @@ def test_more_effort_covers_more_micro_batches(tmp_path: Path) -> None:
 
 
 def test_little_time_is_shared(tmp_path: Path) -> None:
-    _, _, worker, _ = tuned(tmp_path, max_minutes=0.2)
-    assert worker.requests[0].seconds <= 3.0
+    _, _, worker, _ = tuned(tmp_path, max_minutes=1.0 + kernels.START_SECONDS / 60)
+    assert worker.requests[0].seconds <= (60 + kernels.START_SECONDS) / 4
+
+
+def test_without_time_for_a_worker_that_hangs_what_is_known_of_launches_is_used(tmp_path: Path) -> None:
+    result, probes, worker, _ = tuned(tmp_path / "unknown", max_minutes=kernels.START_SECONDS / 60)
+    assert worker.requests == []
+    assert all(choices.kernels == {} for choices in probes.choices)
+    assert result.plan.evidence.out_of_time
+    known = tuned(tmp_path)[0].plan.choices.kernels
+    _, probes, worker, _ = tuned(tmp_path, max_minutes=kernels.START_SECONDS / 60, force=True)
+    assert worker.requests == []
+    assert probes.choices[1].kernels == known != {}
 
 
 def test_on_a_cpu_nothing_changes(tmp_path: Path) -> None:

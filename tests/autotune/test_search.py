@@ -1,18 +1,25 @@
+import math
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import filelock
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from autotune.phases import VERIFICATION_SECONDS, Progress
 from autotune.probe import ProbeRequest, judge
-from autotune.search import Progress, dry_run, tune
-from autotune.space import EFFORTS, default_candidate, uniform_policy
+from autotune.ranking import NOISE
+from autotune.runner import Ended
+from autotune.search import dry_run, tune
+from autotune.space import EFFORTS, LOSS_CHUNKS, default_candidate, uniform_policy
 from fastft.config import RunConfig
 from fastft.errors import ConfigError, MeasureError
 from fastft.hardware import Device
@@ -93,14 +100,13 @@ def test_the_fastest_wins_and_is_stored_with_all_evidence(store: PlanStore) -> N
     assert evidence.command == "fastft tune llama-3.2-1b --effort quick"
     assert evidence.created_at.endswith("+00:00")
     assert evidence.versions["python"]
-    assert not (store.cache / "journals").exists() or list((store.cache / "journals").iterdir()) == []
 
 
 def test_what_recomputes_for_nothing_is_not_probed(store: PlanStore) -> None:
     gpu = FakeGpu()
     run(store, gpu)
     assert {uniform_policy(choices) for choices in gpu.probed()} == {"light", "keep"}
-    assert len([choices for choices in set(map(Choices.model_dump_json, gpu.probed())) if '"keep"' in choices]) == 1
+    assert len({choices.micro_batch for choices in gpu.probed() if uniform_policy(choices) == "keep"}) == 1
 
 
 def test_a_cached_plan_is_returned_without_a_probe(store: PlanStore) -> None:
@@ -201,9 +207,8 @@ def test_under_a_cap_the_mixed_optimum_is_found_and_measured(cap_gib: float, sto
     assert all(gpu.time_ms(plan.choices) <= 1.01 * gpu.time_ms(trial.choices) for trial in uniform)
     if cap_gib == 5.0:
         assert len(set(plan.choices.placement)) > 1
-        order = ["full", "mlp", "light", "keep"]
-        ranks = [order.index(policy) for policy in plan.choices.placement]
-        assert ranks == sorted(ranks), "layers that save most come last"
+        saved = [SAVED_MIB[policy] for policy in plan.choices.placement]
+        assert saved == sorted(saved), "layers that save most come last"
 
 
 def test_a_mixture_that_turns_out_too_large_is_corrected(store: PlanStore) -> None:
@@ -240,13 +245,26 @@ def test_nothing_feasible_names_the_smallest_peak_and_the_cap(store: PlanStore) 
     with pytest.raises(MeasureError, match=r"smallest peak seen is 5.00 GiB; allowed: up to 4.00 GiB"):
         run(store, gpu, CONFIG.model_copy(update={"memory_cap": "4GiB"}))
     assert store.entries() == []
-    assert list((store.cache / "journals").glob("*")) == [], "the next attempt measures anew"
+    again = FakeGpu()
+    again.peak = gpu.peak  # type: ignore[method-assign]
+    with pytest.raises(MeasureError, match=r"smallest peak seen is 5.00 GiB"):
+        run(store, again, CONFIG.model_copy(update={"memory_cap": "4GiB"}))
+    assert all(choices not in gpu.probed() for choices in again.probed()), "only the cap says no: what is known stays"
 
 
 def test_nothing_ran_says_why(store: PlanStore, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(MeasureError, match="failed: no such model"):
         run(store, lambda request: Trial(choices=request.choices, verdict="failed", detail="no such model"))
     assert "the default does not run (failed): no such model" in caplog.text
+    assert list((store.cache / "trials").glob("*")) == [], "the next attempt measures anew"
+
+
+def test_after_a_lack_of_memory_the_next_attempt_measures_anew(store: PlanStore) -> None:
+    full, free = FakeGpu(memory_bytes=3 * GIB), FakeGpu()
+    with pytest.raises(MeasureError):
+        run(store, full)
+    assert list((store.cache / "trials").glob("*")) == []
+    assert run(store, free).plan.choices in free.probed()
 
 
 # Interruptions, limits, others
@@ -319,7 +337,8 @@ def test_progress(store: PlanStore) -> None:
     assert after[-1].eta_seconds == 0
     best = [progress.best.tokens_per_second or 0 for progress in after if progress.best]
     assert len(best) == len(after)
-    assert {progress.phase for progress in after} == {"uniform", "finalists"}
+    assert list(dict.fromkeys(progress.phase for progress in after)) == ["uniform", "refine", "finalists"]
+    assert all(later.total - later.index < now.total - now.index for now, later in pairwise(after)), "ever less left"
 
 
 def test_a_refused_winner_is_followed_by_the_next(store: PlanStore) -> None:
@@ -375,11 +394,30 @@ def test_an_unknown_effort(store: PlanStore) -> None:
 
 
 def test_dry_run_lists_what_might_be_probed(store: PlanStore) -> None:
-    listed = dry_run(CONFIG, shape=SHAPE, device=GPU)
-    gpu = FakeGpu()
-    run(store, gpu)
-    assert listed[0] == default_candidate(CONFIG, SHAPE, GPU)
-    assert all(choices in listed for choices in gpu.probed())
+    dry = dry_run(CONFIG, shape=SHAPE, device=GPU, store=store)
+    assert not store.cache.joinpath("trials").exists()
+    gpu, phases = FakeGpu(), list[str]()
+    run(store, gpu, on_progress=lambda progress: phases.append(progress.phase) if progress.trial else None)
+    assert dry.candidates[0] == default_candidate(CONFIG, SHAPE, GPU)
+    uniform = [choices for choices, phase in zip(gpu.probed(), phases, strict=True) if phase == "uniform"]
+    assert all(choices in dry.candidates for choices in uniform)
+    assert dry.probes is not None
+    assert len(gpu.requests) <= dry.probes
+    assert (dry.probe_seconds, dry.probe_seconds_measured) == (25.0, False)
+    assert dry.minutes == pytest.approx((20 + 25 * dry.probes + 25) / 60)
+
+
+def test_a_dry_run_knows_how_long_probes_took(store: PlanStore) -> None:
+    def slow(request: ProbeRequest) -> Trial:
+        time.sleep(0.05)
+        return FakeGpu()(request)
+
+    run(store, slow)
+    dry = dry_run(CONFIG.model_copy(update={"memory_cap": "9GiB"}), shape=SHAPE, device=GPU, store=store)
+    assert dry.probe_seconds_measured
+    assert 0.05 <= dry.probe_seconds < 5
+    everything = dry_run(CONFIG, effort="exhaustive", shape=SHAPE, device=GPU, store=store)
+    assert (everything.probes, everything.minutes) == (None, None)
 
 
 def test_quick_on_a_cpu_probes_little(store: PlanStore) -> None:
@@ -388,3 +426,175 @@ def test_quick_on_a_cpu_probes_little(store: PlanStore) -> None:
     assert len({choices.model_dump_json() for choices in gpu.probed()}) <= 6
     assert len(gpu.requests) <= 8
     assert plan_key(CONFIG, SHAPES["toy-llama"], CPU).digest in {path.stem for path in store.folder.glob("*.json")}
+
+
+# Refinements
+
+FACTORS = st.sampled_from([0.88, 0.94, 1.0, 1.06, 1.12])
+ATTENTIONS, GRAPHS = ("auto", "flash", "efficient"), ("auto", "off")
+
+
+class Refinable(FakeGpu):
+    """Every attention, graph mode and loss chunk has a factor of its own on the speed; `auto` records graphs."""
+
+    def __init__(self, factors: dict[str, float]) -> None:
+        super().__init__(speed=self.factor)
+        self.factors = factors
+
+    def factor(self, choices: Choices) -> float:
+        mode = "off" if choices.graphs == "off" else "auto"
+        names = (choices.attention, f"graphs {mode}", str(choices.loss_chunk_tokens))
+        return math.prod(self.factors.get(name, 1.0) for name in names)
+
+    def __call__(self, request: ProbeRequest) -> Trial:
+        trial = super().__call__(request)
+        others = [] if request.choices.backend == "peft" else list(ATTENTIONS[1:])
+        return trial.model_copy(update={"other_attention": others})
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        dict.fromkeys((*ATTENTIONS, *(f"graphs {mode}" for mode in GRAPHS), *map(str, LOSS_CHUNKS)), FACTORS)
+    )
+)
+def test_refinements_find_the_best_of_all_combinations(
+    tmp_path_factory: pytest.TempPathFactory, factors: dict[str, float]
+) -> None:
+    gpu = Refinable(factors)
+    # One micro-batch, and all chunks differ.
+    long = CONFIG.model_copy(update={"sequence_tokens": 8192, "batch_size": 1})
+    plan = run(PlanStore(tmp_path_factory.mktemp("plans")), gpu, long, effort="exhaustive").plan
+    combinations = [
+        plan.choices.model_copy(update={"attention": attention, "graphs": graphs, "loss_chunk_tokens": chunk})
+        for attention in ATTENTIONS
+        for graphs in GRAPHS
+        for chunk in LOSS_CHUNKS
+    ]
+    best = min(map(gpu.time_ms, combinations))
+    assert gpu.time_ms(plan.choices) <= best * (1 + NOISE["cuda"] + 1e-3), "three timings of a probe differ by 1e-3"
+
+
+def test_what_is_refined_goes_on_from_what_was_faster(store: PlanStore) -> None:
+    gpu, seen = Refinable({"flash": 1.05, "graphs off": 0.9, "4096": 1.05}), list[Progress]()
+    plan = run(store, gpu, effort="full", on_progress=seen.append).plan
+    assert (plan.choices.attention, plan.choices.graphs, plan.choices.loss_chunk_tokens) == ("flash", "auto", 4096)
+    refined = [p.choices for p in seen if p.phase == "refine" and p.trial is None]
+    assert [(uniform_policy(c), c.attention, c.graphs, c.loss_chunk_tokens) for c in refined if c][:5] == [
+        ("keep", "auto", "auto", 2048), ("keep", "flash", "auto", 2048), ("keep", "efficient", "auto", 2048),
+        ("keep", "flash", "off", 2048), ("keep", "flash", "auto", 4096),
+    ]  # fmt: skip
+    assert {c.micro_batch for c in refined if c} == {plan.choices.micro_batch}
+
+
+# Other memory caps
+
+
+def capped(gib: float | None) -> RunConfig:
+    return CONFIG if gib is None else CONFIG.model_copy(update={"memory_cap": f"{gib}GiB"})
+
+
+@pytest.mark.parametrize(("first_cap", "second_cap"), [(None, 9.0), (9.0, None), (5.0, 7.5), (7.5, 5.0)])
+def test_under_another_cap_only_what_is_new_is_probed(
+    first_cap: float | None, second_cap: float | None, store: PlanStore
+) -> None:
+    first, second = FakeGpu(), FakeGpu()
+    run(store, first, capped(first_cap))
+    phases: list[str] = []
+    plan = run(
+        store, second, capped(second_cap), on_progress=lambda p: phases.append(p.phase) if p.trial else None
+    ).plan
+    known = [choices.model_dump_json() for choices in first.probed()]
+    searched = [c.model_dump_json() for c, p in zip(second.probed(), phases, strict=True) if p != "finalists"]
+    assert not set(searched) & set(known)
+    reused = [trial for trial in plan.evidence.trials if trial.reused]
+    assert {trial.choices.model_dump_json() for trial in reused} == set(known)
+    cap = None if second_cap is None else second_cap * GIB
+    assert all((t.verdict == "ok") == (cap is None or (t.peak_bytes or 0) <= cap) for t in reused)
+    # The finalists, the winner among them, are measured now, each as often as the others.
+    fresh = [trial.choices for trial in plan.evidence.trials if not trial.reused]
+    assert plan.choices in fresh
+    finalists = [c for c, phase in zip(second.probed(), phases, strict=True) if phase == "finalists"]
+    assert {fresh.count(choices) for choices in finalists} == {2}
+    assert len(second.requests) <= EFFORTS["quick"].most_probes
+    assert second.peak(plan.choices) <= (cap or second.memory_bytes)
+    alone = run(PlanStore(store.cache / "alone"), FakeGpu(), capped(second_cap)).plan
+    assert second.time_ms(plan.choices) <= 1.01 * second.time_ms(alone.choices)
+
+
+def test_a_plan_rests_on_what_is_measured_now(store: PlanStore) -> None:
+    """The device became half as fast since the first tuning."""
+    run(store, FakeGpu(), capped(None))
+    slow = FakeGpu(speed=lambda choices: 0.5)
+    evidence = run(store, slow, capped(20.0)).plan.evidence
+    plan = next(iter(PlanStore(store.cache).entries()))
+    assert evidence.best_tokens_per_second == pytest.approx(16 * 1024 * 1000 / slow.time_ms(plan.choices), rel=0.01)
+    assert evidence.default_tokens_per_second is not None
+    assert evidence.default_tokens_per_second <= 16 * 1024 * 1000 / 200
+
+
+def test_force_measures_all_of_another_cap_too(store: PlanStore) -> None:
+    run(store, FakeGpu(), capped(None))
+    gpu, alone = FakeGpu(), FakeGpu()
+    plan = run(store, gpu, capped(9.0), force=True).plan
+    run(PlanStore(store.cache / "alone"), alone, capped(9.0))
+    assert gpu.probed() == alone.probed()
+    assert not any(trial.reused for trial in plan.evidence.trials)
+
+
+# Limits
+
+
+@pytest.mark.parametrize("effort", ["quick", "full"])
+@pytest.mark.parametrize("cap", [None, 9.0, 6.0, 5.0])
+@pytest.mark.parametrize("model", ["llama-3.2-1b", "llama-3-8b"])
+def test_an_effort_keeps_to_its_number_of_probes(effort: str, cap: float | None, model: str, store: PlanStore) -> None:
+    gpu, seen = Refinable({}), list[Progress]()
+    gpu.peak = lambda choices: 2 * GIB + FakeGpu.peak(gpu, choices) // 4  # type: ignore[method-assign]
+    cap = cap + 1 if cap and model == "llama-3-8b" else cap
+    config = capped(cap).model_copy(update={"model": model, "quantization": "nf4"})
+    run(store, gpu, config, effort=effort, shape=SHAPES[model], on_progress=seen.append)
+    level = EFFORTS[effort]  # type: ignore[index]
+    assert len(gpu.requests) <= level.most_probes
+    assert {"peft"} < {choices.backend for choices in gpu.probed()} or cap is not None
+    assert all(progress.total <= level.most_probes for progress in seen)
+    repeated = [progress for progress in seen if progress.phase == "finalists" and progress.trial]
+    assert repeated, "there is always room for the finalists"
+
+
+def test_a_deadline_is_kept_and_told(store: PlanStore, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """On a clock on which a probe takes 25 s."""
+    caplog.set_level("INFO")
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    gpu = FakeGpu()
+
+    def probe(request: ProbeRequest) -> Trial:
+        clock[0] += 25.0
+        return gpu(request)
+
+    plan = run(store, probe, max_minutes=2.0, verify_plan=lambda choices: True).plan
+    assert 1 < len(gpu.requests) <= (120 - VERIFICATION_SECONDS) // 25
+    assert plan.evidence.out_of_time
+    assert plan.choices in gpu.probed()
+    assert "the 2 minutes are over before everything was tried" in caplog.text
+    clock[0] = 0.0
+    unhurried = run(store, probe, force=True, verify_plan=lambda choices: True).plan
+    assert clock[0] <= 60 * (EFFORTS["quick"].minutes or 0) - VERIFICATION_SECONDS
+    assert not unhurried.evidence.out_of_time
+
+
+def test_a_probe_is_given_up_at_the_deadline(store: PlanStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, limits, gpu = [0.0], list[float](), FakeGpu()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def probe(request: ProbeRequest, *, timeout_seconds: float) -> Trial:
+        limits.append(timeout_seconds)
+        clock[0] += 10.0
+        return gpu(request)
+
+    monkeypatch.setattr("autotune.search.run_in_process", probe)
+    tune(CONFIG, store=store, shape=SHAPE, device=GPU, max_minutes=1.0, run_kernels=lambda request: Ended(
+        [], 0, False, "", ""))  # fmt: skip
+    assert limits[0] == EFFORTS["quick"].timeout_seconds, "the default is measured in any case"
+    assert limits[1:] == [50.0, 40.0, 30.0, 20.0, 10.0]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autotune.solver import PolicyCost, solve_equal, solve_unequal
+from autotune.solver import PolicyCost, solve, solve_equal, solve_unequal
 from fastft.plan import POLICIES, Policy
 
 Costs = Mapping[Policy, PolicyCost]
@@ -43,8 +43,9 @@ def test_equal_layers_are_solved_exactly(costs: Costs, count: int, budget: int) 
     assert len(placement) == count
     assert used(placement, layers) <= budget
     assert math.isclose(price(placement, layers), best)
-    order = [POLICIES.index(policy) for policy in placement]
-    assert order == sorted(order, reverse=True), "what saves most comes last"
+    order = [costs[policy].saved_bytes for policy in placement]
+    assert order == sorted(order), "what saves most comes last"
+    assert solve(layers, budget) == placement
 
 
 @settings(max_examples=300)
@@ -86,10 +87,31 @@ def test_both_solvers_agree_on_equal_layers() -> None:
             assert math.isclose(price(one, [costs] * 12), price(two, [costs] * 12))
 
 
+@settings(max_examples=200)
+@given(costs_of_a_layer, costs_of_a_layer, st.lists(st.booleans(), min_size=1, max_size=6), st.integers(0, 150))
+def test_of_two_kinds_of_layers_each_keeps_last(one: Costs, other: Costs, kinds: list[bool], budget: int) -> None:
+    layers = [one if kind else other for kind in kinds]
+    best, placement = brute_force(layers, budget), solve(layers, budget)
+    assert (placement is None) == (best is None)
+    if placement is None or best is None:
+        return
+    assert used(placement, layers) <= budget
+    assert math.isclose(price(placement, layers), best)
+    for costs in (one, other):
+        saved = [costs[policy].saved_bytes for policy, layer in zip(placement, layers, strict=True) if layer == costs]
+        assert saved == sorted(saved)
+
+
+def test_a_policy_that_another_beats_in_both_is_not_used() -> None:
+    costs: Costs = {"light": PolicyCost(0.0, 10), "mlp": PolicyCost(2.0, 4), "offload_mlp": PolicyCost(1.0, 3)}
+    assert solve_equal(costs, 4, 26) == ["offload_mlp"] * 2 + ["light"] * 2
+    assert solve_unequal([costs] * 4, 26) == ["offload_mlp"] * 2 + ["light"] * 2
+
+
 def test_a_large_model_is_solved_at_once() -> None:
     costs: Costs = {
         "keep": PolicyCost(0.0, 900 * 2**20), "light": PolicyCost(0.2, 640 * 2**20),
-        "mlp": PolicyCost(2.0, 300 * 2**20), "full": PolicyCost(3.0, 64 * 2**20),
+        "mlp": PolicyCost(2.0, 300 * 2**20), "full": PolicyCost(3.0, 64 * 2**20), "offload": PolicyCost(4.0, 2**20),
     }  # fmt: skip
     placement = solve_equal(costs, 126, 30 * 2**30)
     assert placement is not None

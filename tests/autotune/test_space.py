@@ -1,9 +1,22 @@
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
-from autotune.space import EFFORTS, candidates, default_candidate, memory_limit, uniform_policy, why_skip
+from autotune.forecast import relative_time
+from autotune.space import (
+    EFFORTS,
+    LOSS_CHUNKS,
+    candidates,
+    default_candidate,
+    memory_limit,
+    refinements,
+    uniform_policy,
+    why_skip,
+)
 from fastft.config import RunConfig
 from fastft.hardware import Device
-from fastft.models.shapes import SHAPES
+from fastft.models.shapes import SHAPES, ModelShape
 from fastft.plan import POLICIES, Choices, Policy, Trial
 
 CPU = Device("cpu", "C", None, None, 2**35, 2)
@@ -95,14 +108,6 @@ def test_what_recomputes_more_than_what_fits_is_skipped() -> None:
     assert not skipped("full", 4, ran, effort="exhaustive")
 
 
-def test_keep_is_tried_at_the_best_micro_batches_only() -> None:
-    ran = [trial("light", 2, speed=1.0), trial("light", 4, speed=3.0), trial("light", 8, speed=2.0)]
-    assert not skipped("keep", 4, *ran)
-    assert skipped("keep", 8, *ran)
-    assert not skipped("keep", 8, *ran, effort="full")
-    assert skipped("keep", 2, *ran, effort="full")
-
-
 def test_mixed_placements_decide_nothing() -> None:
     mixed = trial("light", 4, "over_cap").model_copy(
         update={"choices": trial("light", 4).choices.model_copy(update={"placement": ["full", "light", "light"]})}
@@ -128,3 +133,100 @@ def test_what_had_too_little_memory_for_dense_weights_rules_out_nothing_without(
     dense = without.model_copy(update={"resident_layers": 3})
     assert why_skip(without, [Trial(choices=dense, verdict="out_of_memory")], "quick") is None
     assert why_skip(without, [Trial(choices=without, verdict="out_of_memory")], "quick") is not None
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
+def test_the_promising_come_first_and_stock_soon(device: Device) -> None:
+    config = RunConfig(model="llama-3-8b", sequence_tokens=2048, quantization="nf4", dtype="bf16")
+    others = candidates(config, SHAPES["llama-3-8b"], device, "full")[1:]
+    assert "peft" in {choices.backend for choices in others[:2]}
+    fused = [c for c in others if c.backend != "peft" and not c.resident_layers and uniform_policy(c) == "light"]
+    times = [relative_time(choices, config, SHAPES["llama-3-8b"], device) for choices in fused]
+    fitting = times[: len(times) // 2]  # what may not fit is at the end
+    assert fitting == sorted(fitting)
+
+
+def test_the_efforts_keep_to_their_minutes_on_an_h200() -> None:
+    """An 8B model in NF4 at 2,048 tokens: up to 25 s a probe, and as much for the check of the gradients."""
+    for name in ("quick", "full"):
+        effort = EFFORTS[name]
+        assert effort.probes is not None
+        assert effort.minutes is not None
+        assert effort.uniform_probes is not None
+        assert effort.kernel_seconds + 25 * effort.probes + 25 <= 60 * effort.minutes
+        assert effort.uniform_probes + effort.mixed_probes + effort.repetitions <= effort.probes
+
+
+# Refinements
+
+LEADER = Trial(
+    choices=Choices(backend="triton", micro_batch=4, accumulation=4, placement=["light"] * 3),
+    verdict="ok", step_time_ms=[1.0], peak_bytes=2**30,
+    other_attention=["flash", "efficient", "sdpa"],
+)  # fmt: skip
+LONG = CONFIG.model_copy(update={"sequence_tokens": 4096})
+
+
+def refined(
+    effort: str, leader: Trial = LEADER, config: RunConfig = LONG, device: Device = GPU, shape: ModelShape = SHAPE
+) -> list[dict[str, Any]]:
+    """What each refinement changes."""
+    before = leader.choices.model_dump()
+    changes = []
+    for choices in refinements(leader, config, shape, device, effort):  # type: ignore[arg-type]
+        changes.append({name: value for name, value in choices.model_dump().items() if value != before[name]})
+    return changes
+
+
+def test_a_refinement_changes_one_thing_and_effort_changes_more_things() -> None:
+    assert refined("quick") == [{"attention": "flash"}, {"graphs": "off"}, {"loss_chunk_tokens": 4096}]
+    assert refined("full") == [
+        {"attention": "flash"}, {"attention": "efficient"}, {"graphs": "off"}, {"loss_chunk_tokens": 4096},
+        {"loss_chunk_tokens": 8192},
+    ]  # fmt: skip
+    exhaustive = refined("exhaustive")
+    assert {"attention": "sdpa"} in exhaustive
+    assert {c["loss_chunk_tokens"] for c in exhaustive if "loss_chunk_tokens" in c} == {*LOSS_CHUNKS} - {2048}
+
+
+def test_what_changes_nothing_or_does_not_fit_is_no_refinement() -> None:
+    # 4 × 128 rows are 512: no chunk above that differs from the present one.
+    assert refined("exhaustive", config=CONFIG) == [c for c in refined("exhaustive") if "loss_chunk_tokens" not in c]
+    assert refined("exhaustive", LEADER.model_copy(update={"other_attention": []}), CONFIG, CPU) == []
+    at_flash = LEADER.model_copy(update={"choices": LEADER.choices.model_copy(update={"attention": "flash"})})
+    assert {"attention": "flash"} not in refined("exhaustive", at_flash)
+    assert {"attention": "auto"} in refined("exhaustive", at_flash)
+    # With so many words the logits are the peak: 2,048 rows more of them are 4 GiB.
+    large, wide = LONG.model_copy(update={"memory_cap": "4GiB"}), replace(SHAPE, vocabulary=2**20)
+    assert {"loss_chunk_tokens": 4096} not in refined("exhaustive", config=large, shape=wide)
+    assert {"loss_chunk_tokens": 1024} in refined("exhaustive", config=large, shape=wide)
+    assert {"loss_chunk_tokens": 4096} in refined("exhaustive", config=LONG, shape=wide)
+    stock = LEADER.model_copy(update={"choices": LEADER.choices.model_copy(update={"backend": "peft"})})
+    assert refined("exhaustive", stock) == []
+    assert {"attention": "sdpa"} not in refined("quick", LEADER.model_copy(update={
+        "other_attention": ["sdpa"]}), device=CPU)  # fmt: skip
+
+
+def test_graphs_are_recorded_or_not_whatever_auto_does() -> None:
+    large = RunConfig(model="llama-3-8b", sequence_tokens=2048, dtype="bf16")
+    wide = LEADER.model_copy(update={"choices": LEADER.choices.model_copy(update={"placement": ["light"] * 32})})
+
+    def graphs(config: RunConfig, shape: ModelShape, leader: Trial, mode: str, device: Device = GPU) -> list[str]:
+        now = leader.model_copy(update={"choices": leader.choices.model_copy(update={"graphs": mode})})
+        return [c["graphs"] for c in refined("exhaustive", now, config, device, shape) if "graphs" in c]
+
+    of_small = [graphs(CONFIG, SHAPE, LEADER, mode) for mode in ("auto", "on", "off")]
+    assert of_small == [["off"], ["off"], ["auto"]], "auto records small steps"
+    of_large = [graphs(large, SHAPES["llama-3-8b"], wide, mode) for mode in ("auto", "on", "off")]
+    assert of_large == [["on"], ["auto"], ["on"]]
+    assert graphs(CONFIG, SHAPE, LEADER, "auto", CPU) == []
+    dropped = CONFIG.model_copy(update={"lora": CONFIG.lora.model_copy(update={"dropout": 0.1})})
+    assert graphs(dropped, SHAPE, LEADER, "auto") == []
+
+
+def test_keep_is_tried_from_what_leads_where_it_saves_more() -> None:
+    qwen3 = SHAPES["toy-qwen3"]
+    assert refined("quick", shape=qwen3)[0] == {"placement": ["keep"] * 3}
+    assert all("placement" not in change for change in refined("exhaustive"))
+    mixed = LEADER.model_copy(update={"choices": LEADER.choices.model_copy(update={"placement": ["mlp"] * 3})})
+    assert all("placement" not in change for change in refined("exhaustive", mixed, shape=qwen3))

@@ -50,4 +50,19 @@ def test_a_cap_does_not_reach_them() -> None:
 
 
 def test_every_measure_is_an_arm() -> None:
-    assert {f"triton+{measure}" for measure in MEASURES} == {name for name in ARMS if name.startswith("triton+")}
+    named = {name for name in ARMS if name.startswith("triton+")} - {"triton+default"}
+    assert named == {f"triton+{measure}" for measure in MEASURES}
+
+
+def test_the_default_arm_keeps_to_the_cap_and_looks_for_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("it asked for a plan")
+
+    monkeypatch.setattr(planning, "resolve", refuse)
+    assert choices_for("triton+default", CONFIG) == choices_for("triton+light", CONFIG)
+    capped = CONFIG.model_copy(update={"memory_cap": "7.8GiB"})
+    choices, plan = choices_for("triton+default", capped)
+    assert plan is None
+    assert estimate_peak_bytes(SHAPES["llama-3-8b"], choices, capped, device=GPU) <= 7.8 * 2**30
+    with pytest.raises(AssertionError, match="asked for a plan"):
+        choices_for("triton", capped)

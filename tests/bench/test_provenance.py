@@ -35,6 +35,11 @@ def test_without_git_there_is_no_commit(tmp_path, monkeypatch):
     assert git_commit() is None
 
 
+def test_the_bench_has_a_command_of_its_own(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/bench/__main__.py", "grid", "tiny"])
+    assert provenance().command == "python -m bench grid tiny"
+
+
 @pytest.mark.parametrize("program", ["/usr/local/bin/fastft", "/somewhere/fastft/__main__.py"])
 def test_the_command_can_be_typed_again(monkeypatch, program):
     monkeypatch.setattr("sys.argv", [program, "bench", "my scenario.toml"])

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import runner
+from bench.messages import GateRequest
 from bench.scenarios import Scenario
-from fastft.errors import BackendError, OutputError
+from fastft.errors import BackendError, MeasureError, OutputError
 from fastft.record import read_records
 
 FAKE_WORKER = """
@@ -277,3 +278,17 @@ def test_the_runner_needs_no_torch():
     code = "import sys, bench.runner; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": str(Path(runner.__file__).parents[1])}
     subprocess.run([sys.executable, "-P", "-c", code], check=True, env=environment)
+
+
+def test_who_waits_may_look_on_and_the_time_limit_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "WORKER_COMMAND", (sys.executable, "-S", "-c", "import time; time.sleep(60)"))
+    looks: list[float] = []
+    started = time.monotonic()
+    with pytest.raises(MeasureError, match="did not finish in time"):
+        runner.ask_worker(
+            GateRequest(scenario=Scenario(name="x", config={}, steps=2), arm="peft"), log_file=tmp_path / "log",
+            timeout_seconds=2.5, environment=dict(os.environ),
+            while_waiting=lambda: looks.append(time.monotonic() - started),
+        )  # fmt: skip
+    assert 2 <= len(looks) <= 3
+    assert 2.4 < time.monotonic() - started < 30

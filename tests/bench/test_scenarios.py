@@ -23,8 +23,13 @@ def test_a_built_in_scenario_can_be_sent_to_a_worker_unchanged(name):
     assert scenario.name == name
     assert Scenario.model_validate_json(scenario.model_dump_json()) == scenario
     assert set(scenario.arms) <= set(ARMS)
-    assert scenario.arms[0] in ("peft", "triton+light"), "every ratio needs the baseline"
+    assert scenario.arms[0] in ("peft", "triton+light", "triton+default"), "every ratio needs the baseline"
     assert scenario.config.model == "tiny" or scenario.config.model in SHAPES
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b-nf4", "llama-3-8b-short", "llama-3-8b-long"])
+def test_a_scenario_of_a_plans_gain_is_the_default_against_the_plan(name):
+    assert SCENARIOS[name].arms == ("triton+default", "triton")
 
 
 def test_the_embedded_scenario_trains_for_its_recipe_and_judges_accuracy():

@@ -9,9 +9,10 @@ import torch
 
 from bench import worker
 from bench.arms import choices_for
-from bench.messages import MARKER, Answer, GateReply, RepetitionRequest
+from bench.messages import MARKER, Answer, GateReply, RepetitionRequest, TrialsRequest
 from bench.runner import run_bench
 from bench.scenarios import SCENARIOS, Scenario
+from bench.trial_file import TrialFile
 from bench.weights import adapter_tensors, base_checksum, load_adapter
 from fastft.errors import ConfigError, MeasureError
 from fastft.files import canonical_json
@@ -103,6 +104,21 @@ def test_a_gate_that_cannot_run_and_a_request_that_is_none_are_answered(monkeypa
     text = json.dumps({"task": "gate", "arm": "peft", "scenario": scenario.model_dump(mode="json")})
     assert "no-such-model" in str(ask_main(monkeypatch, capsys, text).error)
     assert ask_main(monkeypatch, capsys, "{}").error
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(None, 3), (0.0, 0)])
+def test_a_series_of_trials_is_appended_one_by_one_while_there_is_time(seconds, count, tmp_path, monkeypatch, capsys):
+    once = Choices(backend="eager", micro_batch=1, accumulation=2, placement=["full"] * 3)
+    twice = once.model_copy(update={"micro_batch": 2, "accumulation": 1})
+    file = TrialFile(tmp_path / "trials.jsonl")
+    file.path.write_text("a header\n")
+    asked = TrialsRequest(
+        config=TOY.config, choices=[twice, once, twice], warmup_steps=1, timed_steps=3, file=file.path, seconds=seconds
+    )
+    monkeypatch.setattr("gc.freeze", lambda: None)  # here the process is everybody's
+    assert ask_main(monkeypatch, capsys, asked.model_dump_json()).trials == count
+    assert [trial.choices for trial in file.trials()] == [twice, once, twice][:count]
+    assert all(trial.verdict == "ok" and len(trial.step_time_ms) == 3 for trial in file.trials())
 
 
 def test_a_gate_reports_what_its_repetitions_will_do(monkeypatch, capsys):

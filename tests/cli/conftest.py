@@ -18,6 +18,7 @@ from fastft.hardware import detect_device
 from fastft.plan import Choices, Evidence, Plan, Trial
 from fastft.plan_store import PlanStore
 from fastft.planning import model_shape, plan_key
+from fastft.plans import shipped
 
 Cli = Callable[..., Any]
 
@@ -37,6 +38,15 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for logger, handlers, propagate, level in before:
         logger.handlers, logger.propagate = handlers, propagate
         logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def shipped_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in the place of the plans that come with fastft."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    monkeypatch.setattr(shipped, "FOLDER", folder)
+    return folder
 
 
 @pytest.fixture

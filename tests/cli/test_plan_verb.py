@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from fastft.hardware import kernels_sha256
 from fastft.plan import KernelTrial, Plan
 from fastft.plan_store import PlanStore
+from fastft.plans.shipped import ShippedPlans
+from fastft.plans.verification import Verifications, rejected
 
 Cli = Callable[..., Any]
 
@@ -54,7 +57,9 @@ def test_show_by_the_beginning_of_the_id(cli: Cli, saved_plan: Plan) -> None:
     lines = [line.split() for line in text.splitlines()]
     assert ["lora_rank", "16"] in lines
     assert ["model_shape.layers", "3"] in lines
-    assert ["placement", "2×full,", "keep"] in lines
+    assert ["CHOICE", "VALUE", "BECAUSE"] in lines
+    because = ["2,000", "tokens/s;", "3×light:", "1,000", "tokens/s"]
+    assert ["placement", "2×full,", "keep", *because] in lines
     assert any(line[-4:] == ["ok", "2,000", "0.50", "GiB"] for line in lines)
     answer = json.loads(cli("plan", "show", saved_plan.id, "--json").stdout)
     assert answer.pop("id") == saved_plan.id
@@ -75,7 +80,7 @@ def test_show_lists_launches(cli: Cli, saved_plan: Plan, store: PlanStore) -> No
     tuned = with_launches(saved_plan, {TRIED.bucket: TRIED.launch})
     store.save(tuned)
     lines = [line.split() for line in cli("plan", "show", tuned.id).stdout.splitlines()]
-    assert ["kernels.add/64x16/16bit/256", "32", "128", "4", "4096", "3"] in lines
+    assert ["kernels.add/64x16/16bit/256", "32", "128", "4", "4096", "3", "1.2", "µs"] in lines
     assert ["add/64x16/16bit/256", "32", "128", "4", "4096", "3", "ok", "1.2"] in lines
 
 
@@ -168,7 +173,7 @@ def test_verify_names_the_bad_file_and_moves_nothing(cli: Cli, saved_plan: Plan,
     result = cli("plan", "verify")
     assert f"bad {bad}: plan {bad} is not JSON; " in result.stdout
     assert f"ok  {good}\n" in result.stdout
-    assert result.stderr == "error: 1 of 2 plans are bad; fix: tune again; a run moves a bad file away\n"
+    assert result.stderr == "error: 1 of 2 plans are bad; fix: tune again; a run uses no bad file\n"
     assert result.exit_code == 6
     assert bad.exists()
     report = json.loads(cli("plan", "verify", "--json").stdout)
@@ -194,3 +199,56 @@ def test_prune_removes_what_is_named_and_no_more(cli: Cli, saved_plan: Plan, sto
 def test_prune_takes_days(days: str, cli: Cli, saved_plan: Plan, store: PlanStore) -> None:
     assert cli("plan", "prune", "--older-than", days).exit_code == 2
     assert store.entries() == [saved_plan]
+
+
+# Shipped plans
+
+
+@pytest.fixture
+def shipped_plan(make_plan: Callable[..., Plan], shipped_folder: Path) -> Plan:
+    """A plan for this machine, made by other kernels, as if it came with fastft."""
+    plan = outdated(make_plan())
+    ShippedPlans().path(plan).write_text(plan.to_json())
+    return plan.model_copy(update={"origin": "shipped"})
+
+
+def test_the_list_ends_with_shipped_plans(cli: Cli, shipped_plan: Plan, store: PlanStore) -> None:
+    lines = cli("plan", "list").stdout.splitlines()
+    assert f"{shipped_plan.id}  toy-llama  shipped 3 days ago" in lines[1]
+    assert lines[1].endswith("yes, not verified on this machine yet")
+    key = shipped_plan.key.model_copy(update={"kernels_sha256": kernels_sha256()})
+    Verifications().save(key, rejected(shipped_plan, "too large"))
+    assert cli("plan", "list").stdout.splitlines()[1].endswith("yes, rejected on this machine just now")
+    (entry,) = json.loads(cli("plan", "list", "--json").stdout)
+    assert (entry["origin"], entry["differs_here"], entry["verification"]["detail"]) == ("shipped", [], "too large")
+    assert entry["path"] == str(ShippedPlans().path(shipped_plan))
+
+
+def test_a_shipped_plan_for_another_machine_does_not_fit(
+    cli: Cli, make_plan: Callable[..., Plan], shipped_folder: Path
+) -> None:
+    plan = on_another_machine(make_plan())
+    ShippedPlans().path(plan).write_text(plan.to_json())
+    (entry,) = json.loads(cli("plan", "list", "--json").stdout)
+    assert {"device", "versions.torch"} <= set(entry["differs_here"])
+
+
+def test_a_shipped_plan_is_shown_compared_and_exported(cli: Cli, shipped_plan: Plan, work: Path) -> None:
+    text = cli("plan", "show", shipped_plan.id).stdout
+    assert "\nshipped 3 days ago" in text
+    assert "\nnot verified on this machine yet\n" in text
+    assert set(json.loads(cli("plan", "diff", shipped_plan.id, "--json").stdout)) == {"kernels_sha256"}
+    assert cli("plan", "export", shipped_plan.id, "theirs.json").exit_code == 0
+    assert Plan.from_json((work / "theirs.json").read_text(), where="theirs.json") == shipped_plan
+
+
+def test_shipped_plans_are_verified_and_never_pruned(cli: Cli, shipped_plan: Plan) -> None:
+    path = ShippedPlans().path(shipped_plan)
+    assert cli("plan", "verify").stdout == f"ok  {path}\n"
+    assert cli("plan", "prune", "--stale", "--older-than", "0").exit_code == 0
+    assert path.exists()
+    path.write_text("{")
+    result = cli("plan", "verify")
+    assert result.stdout.startswith(f"bad {path}: ")
+    assert result.exit_code == 6
+    assert path.exists()

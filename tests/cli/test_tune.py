@@ -155,10 +155,53 @@ def test_a_dry_run_lists_and_measures_nothing(
     result = cli("tune", *toy, "--device", "cpu", "--dry-run")
     lines = result.stdout.splitlines()
     assert lines[0] == "  1. eager, 4×1 sequences, placement 3×light (the default)"
-    candidates = json.loads(cli("tune", *toy, "--device", "cpu", "--dry-run", "--json").stdout)
-    assert len(candidates) == len(lines) >= 2  # stock PEFT among them
+    assert lines[-2].startswith("at most 9 measurements, ")
+    assert "of 10 s each (assumed, none was measured here yet)" in lines[-2]
+    assert lines[-1] == "it ends after 1 min 55 s at most; nothing was measured now"
+    cost = json.loads(cli("tune", *toy, "--device", "cpu", "--dry-run", "--json").stdout)
+    assert len(cost["candidates"]) == len(lines) - 3 >= 2  # stock PEFT among them
+    assert (cost["probes"], cost["probe_seconds"], cost["probe_seconds_measured"]) == (9, 10.0, False)
     assert probed == []
     assert not store.cache.exists()
+
+
+def test_other_memory_caps_are_explained(
+    cli: Cli, probed: list[ProbeRequest], saved_plan: Plan, toy: list[str]
+) -> None:
+    result = cli("tune", *toy, "--device", "cpu", "--explain")
+    assert result.exit_code == 0, result.stderr
+    first, columns, *rows = result.stdout.splitlines()
+    assert first == f"plan {saved_plan.id}: {saved_plan.choices.summary()}"
+    assert columns.split() == ["from", "a", "cap", "of", "tokens/s", "peak", "basis", "choices"]
+    measured = [row for row in rows if "measured" in row]
+    assert any(row.startswith("0.50 GiB") and saved_plan.choices.summary() in row for row in measured)
+    assert ("predicted" in result.stderr) == any("predicted" in row for row in rows)
+    rungs = json.loads(cli("tune", *toy, "--device", "cpu", "--explain", "--json").stdout)
+    assert len(rungs) == len(rows)
+    assert {rung["basis"] for rung in rungs} <= {"measured", "predicted"}
+    assert saved_plan.choices.model_dump() in [rung["choices"] for rung in rungs]
+    assert probed == []
+
+
+def test_without_a_plan_there_is_nothing_to_explain(cli: Cli, probed: list[ProbeRequest], toy: list[str]) -> None:
+    result = cli("tune", *toy, "--device", "cpu", "--explain")
+    assert result.exit_code == 6
+    assert result.stderr.startswith(
+        "error: there is no plan to explain; got none for this run; fix: tune it: fastft tune "
+    )
+    assert probed == []
+
+
+def test_a_second_cap_says_what_it_took_from_the_first(
+    cli: Cli, probed: list[ProbeRequest], toy: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "gradients_agree", lambda *_: True)
+    assert cli("tune", *toy, "--device", "cpu").exit_code == 0
+    first = len(probed)
+    result = cli("tune", *toy, "--device", "cpu", "--memory-cap", "2GiB")
+    assert f"{len(probed) - first} measurements, " in result.stdout
+    assert " more from tuning under other memory caps; " in result.stdout
+    assert " are judged again" in result.stderr
 
 
 def test_the_model_may_be_a_flag_as_in_train(cli: Cli, saved_plan: Plan, toy: list[str]) -> None:
