@@ -13,6 +13,7 @@ A torn last line, as a power cut leaves it, is ignored.  Only the tuner that hol
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +61,14 @@ class TrialPool:
         """The pool of a tuning for `key`.  Equal GPUs of one machine differ in speed: each has its own."""
         shared = [key.model_dump(exclude={"memory_cap_bytes"}), device.bus_id]
         return cls(cache / "trials" / f"{sha256_of(shared)[:16]}.jsonl", f"{key.digest}-{effort}")
+
+    @staticmethod
+    def remove_outdated(cache: Path) -> None:
+        """Remove the files of all pools in `cache` to which nothing was added for so long that no trial counts."""
+        for path in (cache / "trials").glob("*.jsonl"):
+            with suppress(OSError):  # another tuner removed it, or it is not ours to remove
+                if time.time() - path.stat().st_mtime > MAX_AGE_SECONDS:
+                    path.unlink()
 
     def take(self, request: ProbeRequest, turn: int = FIRST) -> Trial | None:
         """What this tuning measured for `request` in this turn before it was interrupted."""

@@ -113,6 +113,7 @@ def tune(
     with _device_lock(store, device, report):
         if not force and (plan := store.load(key)) is not None:  # another tuner was faster
             return TuneResult(plan, cached=True)
+        TrialPool.remove_outdated(store.cache)
         pool = TrialPool.of(store.cache, key, device, effort)
         if force:
             pool.forget()

@@ -87,7 +87,7 @@ class RunConfig(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0)
     max_gradient_norm: float = Field(default=0.0, ge=0)
     """0 does not clip."""
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     packing: bool = False
     response_only: bool = True
     """Only the tokens of the answer are labels."""

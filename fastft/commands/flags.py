@@ -37,7 +37,7 @@ HELP: dict[str, str] = {
     "schedule": "What the learning rate does after the warm-up.",
     "weight_decay": "Decoupled weight decay of AdamW.",
     "max_gradient_norm": "Gradients are clipped to this norm; 0 does not clip.",
-    "optimizer": "AdamW with 32-bit or 8-bit state.",
+    "optimizer": "AdamW with 32-bit or 8-bit state; paged, where it may leave the GPU.",
     "packing": "Several samples in one row; none sees another.",
     "response_only": "Only the tokens of the answer are labels.",
     "quantization": "Of the frozen weights.",

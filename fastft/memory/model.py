@@ -30,8 +30,9 @@ DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # Bytes a weight.  NF4 and FP4: 4 bits, a uint8 absmax a block of 64, an fp32 a 256 of those (double quantization).
 _WEIGHT_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "fp4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-_OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256}
-"""Bytes of optimizer state a parameter: two moments in fp32, or in 8 bits with an fp32 scale a block of 256."""
+_OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256, "paged_adamw_8bit": 2.0 + 8 / 256}
+"""Bytes of optimizer state a parameter: two moments in fp32, or in 8 bits with an fp32 scale a block of 256.  What is
+paged leaves the device only where it must."""
 _ADAPTER_BYTES = 4
 """Adapters, and their gradients, are fp32."""
 _CPU_RUNTIME_BYTES = 460 * 2**20

@@ -1,4 +1,5 @@
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -162,3 +163,15 @@ def test_a_pool_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
         TrialPool(tmp_path / "file" / "x", "a").add(request(), trial(request()), 1.0)
+
+
+def test_pools_without_a_trial_of_the_last_day_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "trials").mkdir()
+    old, new = tmp_path / "trials" / "old.jsonl", tmp_path / "trials" / "new.jsonl"
+    for path in (old, new):
+        path.write_text("{}\n", encoding="utf-8")
+    past = time.time() - MAX_AGE_SECONDS - 60
+    os.utime(old, (past, past))
+    TrialPool.remove_outdated(tmp_path)
+    assert (old.exists(), new.exists()) == (False, True)
+    TrialPool.remove_outdated(tmp_path / "nothing here")

@@ -30,15 +30,18 @@ def test_any_iterable_of_parameters_will_do():
     assert optimizer.param_groups[0]["weight_decay"] == 0
 
 
-def test_8_bit_states_need_a_gpu():
-    with pytest.raises(BackendError, match=r"adamw_8bit needs a CUDA GPU.*fix: choose adamw"):
-        make_optimizer("adamw_8bit", [torch.nn.Parameter(torch.ones(2))], learning_rate=1e-3)
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_8_bit_states_need_a_gpu(name):
+    with pytest.raises(BackendError, match=rf"optimizer {name} needs a CUDA GPU.*fix: choose adamw"):
+        make_optimizer(name, [torch.nn.Parameter(torch.ones(2))], learning_rate=1e-3)
 
 
 @pytest.mark.gpu
-def test_8_bit_states_on_a_gpu(device):
-    parameter = torch.nn.Parameter(torch.ones(64, 128, device=device))
-    optimizer = make_optimizer("adamw_8bit", [parameter], learning_rate=0.1)
+@pytest.mark.parametrize("rows", [64, 1024])
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_8_bit_states_on_a_gpu(name, rows, device):
+    parameter = torch.nn.Parameter(torch.ones(rows, 128, device=device))
+    optimizer = make_optimizer(name, [parameter], learning_rate=0.1)
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     torch.testing.assert_close(parameter, torch.full_like(parameter, 0.9), rtol=1e-2, atol=1e-2)
