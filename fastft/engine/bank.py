@@ -115,6 +115,24 @@ class AdapterBank:
         """
         return self.views(gradient_N.to(self.values_N.dtype, copy=copy))
 
+    def gradients_in_one(self) -> torch.Tensor | None:
+        """The buffer in which all gradients lie as the parameters do, zero between them, or None where they do not.
+
+        The engine's backward makes them so; accumulation and clipping leave them there.
+        """
+        first = self.parameters[0].grad
+        if first is None or first.storage_offset() != 0 or first.dtype != self.values_N.dtype:
+            return None
+        storage, size = first.untyped_storage(), first.element_size()
+        if storage.nbytes() != self.values_N.numel() * size:
+            return None
+        start = first.data_ptr()
+        for parameter, offset in zip(self.parameters, self.offsets, strict=True):
+            gradient = parameter.grad
+            if gradient is None or not gradient.is_contiguous() or gradient.data_ptr() != start + offset * size:
+                return None
+        return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage)
+
     def _no_gradient(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         if self._zeros is None or self._zeros.numel() < elements or self._zeros.dtype != dtype:
             self._zeros = torch.zeros(elements, dtype=dtype, device=self.values_N.device)

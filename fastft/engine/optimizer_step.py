@@ -75,9 +75,13 @@ def _before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dic
         return
     for group_index, group in enumerate(optimizer.param_groups):
         bank = next((b for p in group["params"] if (b := bank_of(p)) is not None), None)
-        if bank is None or not bank.holds():
+        if (
+            bank is None
+            or not bank.holds()
+            or not {id(p) for p in group["params"]}.issuperset(map(id, bank.parameters))
+        ):
             continue
-        gradient_N = _gradients_in_one(bank, group["params"])
+        gradient_N = bank.gradients_in_one()
         if gradient_N is not None:
             _update(optimizer, group, group_index, bank, gradient_N)
 
@@ -101,28 +105,6 @@ def _is_plain_adam(optimizer: Any) -> bool:
         and not optimizer.mng.index2config
         and not optimizer.mng.pid2config
     )
-
-
-def _gradients_in_one(bank: AdapterBank, of_group: _Parameters) -> torch.Tensor | None:
-    """The buffer in which all gradients lie as the bank's parameters do, or None where they do not.
-
-    The engine's backward makes them so; accumulation and clipping leave them there.
-    """
-    members = {id(p) for p in of_group}
-    first = bank.parameters[0].grad
-    if first is None or first.storage_offset() != 0 or first.dtype != bank.values_N.dtype:
-        return None
-    storage, size = first.untyped_storage(), first.element_size()
-    if storage.nbytes() != bank.values_N.numel() * size:
-        return None
-    start = first.data_ptr()
-    for parameter, offset in zip(bank.parameters, bank.offsets, strict=True):
-        gradient = parameter.grad
-        if gradient is None or id(parameter) not in members or not gradient.is_contiguous():
-            return None
-        if gradient.data_ptr() != start + offset * size:
-            return None
-    return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage)
 
 
 def _update(

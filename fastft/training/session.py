@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastft.config import RunConfig
+from fastft.engine.clipping import clip_gradients_
 from fastft.engine.loss import IGNORED
 from fastft.engine.patch import ledger_of, patch_model
 from fastft.errors import ConfigError, MeasureError
@@ -72,7 +73,7 @@ class Session:
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
         limit = self.config.max_gradient_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm = clip_gradients_(self.parameters, limit)
         if self._scaler is not None:
             self._scaler.step(self.optimizer)
             self._scaler.update()

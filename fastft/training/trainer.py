@@ -8,7 +8,8 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,8 @@ def _train(
     )  # fmt: skip
     started = time.perf_counter()
     try:
-        done = trainer.train(resume_from_checkpoint=True if config.resume else None)
+        with _quick_modes(session.model, session.parameters):
+            done = trainer.train(resume_from_checkpoint=True if config.resume else None)
     except torch.OutOfMemoryError:
         if first_steps is not None:
             first_steps.out_of_memory()
@@ -153,6 +155,31 @@ def _train(
         f"adapter saved to {output}: {done.global_step} steps, loss {done.training_loss:.4f}, {rate:,.0f} tokens/s"
     )
     return TrainResult(output, done.global_step, done.training_loss, rate, seconds, plan_id, message)
+
+
+@contextmanager
+def _quick_modes(model: Any, parameters: Sequence[Any]) -> Iterator[None]:
+    """The model's `train` and `zero_grad`, which the loop calls at every step, without a walk through all its modules.
+
+    A model in training mode is left as it is, and only what is trained has gradients.
+    """
+    of_modules = model.train
+
+    def train(mode: bool = True) -> Any:
+        return model if mode and model.training else of_modules(mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in parameters:
+            if set_to_none or parameter.grad is None:
+                parameter.grad = None
+            else:
+                parameter.grad.zero_()
+
+    model.train, model.zero_grad = train, zero_grad
+    try:
+        yield
+    finally:
+        del model.train, model.zero_grad
 
 
 def _first_steps(resolution: Resolution, device: Device, tell: Callable[[str], None]) -> Any:
@@ -240,6 +267,8 @@ def _trainer(
     import torch
     import transformers
 
+    from fastft.engine.clipping import clip_gradients_
+
     parameters = session.model.num_parameters(exclude_embeddings=True)
 
     class Count(transformers.TrainerCallback):
@@ -249,11 +278,18 @@ def _trainer(
         on_step_end = on_substep_end  # a step's last micro-batch
 
     class Loop(transformers.Trainer):
-        """Counts the model's parameters once: at every step it costs the host as much as launching a small one."""
+        """Spares the host what it would ask of a thousand modules at every step, longer than a small one takes."""
 
         def floating_point_ops(self, inputs: dict[str, Any]) -> int:
             count: int = 6 * inputs["input_ids"].numel() * parameters
             return count
+
+        def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+            self.accelerator.unscale_gradients()
+            return clip_gradients_(session.parameters, self.args.max_grad_norm or float("inf"))
+
+        def _get_grad_norm(self, model: Any, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
+            return self._clip_grad_norm(model) if grad_norm is None else grad_norm
 
     arguments = transformers.TrainingArguments(
         output_dir=str(output),
