@@ -362,7 +362,8 @@ class Search:
         """Whether there are time and measurements left for one more, beside those that are kept for the finalists."""
         if not finalists and self._probes + self._kept_for_finalists >= self.level.most_probes:
             return False
-        expected = max(self._probe_seconds, default=0.0)
+        # The first one also waits for its imports, and for kernels to be compiled.
+        expected = max(self._probe_seconds[1:] or self._probe_seconds, default=0.0)
         if expected > self._seconds_left():
             self.out_of_time = True
             return False

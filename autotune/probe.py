@@ -8,6 +8,7 @@ wrong inside becomes a verdict; what kills the process is the runner's to judge.
 
 import contextlib
 import gc
+import importlib
 import statistics
 import sys
 import time
@@ -24,6 +25,8 @@ from fastft.record import Memory
 
 MARKER = "FASTFT_TRIAL "
 MAX_TIMED_STEPS = 64
+PRELOADED = ("torch", "triton.language", "transformers.models.llama.modeling_llama")
+"""Imported before the request comes, so not what looks for a device: bitsandbytes, and PEFT, which imports it."""
 
 Verdict = Literal["ok", "out_of_memory", "allocator_retry", "over_cap", "failed"]
 """What a probe itself may say; the others are its runner's and the search's."""
@@ -167,9 +170,17 @@ def _peak_reached() -> int | None:
     return None
 
 
+def preload() -> None:
+    """Import what every probe needs and takes longest."""
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):  # the measurement will say what is missing
+            importlib.import_module(name)
+
+
 def main() -> None:
-    """Read the request from stdin, print the verdict line."""
+    """Import, read the request from stdin, print the verdict line."""
     die_with_parent()
+    preload()
     request = ProbeRequest.model_validate_json(sys.stdin.read())
     # Libraries print to stdout; the verdict line is found by its marker, the last one counts.
     print("\n" + MARKER + probe(request).model_dump_json(), flush=True)

@@ -28,20 +28,29 @@ STDERR_LINES = 8
 
 
 def run_probe(
-    request: ProbeRequest, *, timeout_seconds: float = 600.0, command: Sequence[str] = PROBE_COMMAND
+    request: ProbeRequest,
+    *,
+    timeout_seconds: float = 600.0,
+    command: Sequence[str] = PROBE_COMMAND,
+    spares: "Spares | None" = None,
 ) -> Trial:
-    """Measure `request` in a new process; never raises but for an interrupt.
+    """Measure `request` in a process of its own; never raises but for an interrupt.
 
     Args:
         request: sent to the process's stdin as JSON.
         timeout_seconds: after it the whole process group is killed and the verdict is `timeout`.
         command: what to start.
+        spares: take one of these processes instead.
 
     Returns:
         The trial that the process printed, or one with verdict `failed` or `timeout` and the last lines of its
         stderr.
     """
-    ended = run_worker(request.model_dump_json(), command, MARKER, timeout_seconds, what="the probe")
+    text = request.model_dump_json()
+    if spares is not None:
+        ended = spares.run(text, MARKER, timeout_seconds, what="the probe")
+    else:
+        ended = run_worker(text, command, MARKER, timeout_seconds, what="the probe")
     if ended.timed_out:
         return Trial(choices=request.choices, verdict="timeout", detail=ended.detail)
     if not (ended.answers and ended.code == 0):
@@ -79,29 +88,95 @@ def run_worker(request: str, command: Sequence[str], marker: str, timeout_second
 
     After `timeout_seconds` the whole process group is killed.
     """
-    # Files, not pipes: a grandchild that outlives the worker would hold a pipe open, and reading it would hang.
-    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        stdin.write(request.encode())
-        stdin.seek(0)
-        process: subprocess.Popen[bytes] | None = None
+    with Spares(command) as one:
+        return one.run(request, marker, timeout_seconds, what=what)
+
+
+class Spares:
+    """Processes that wait for their request, each for one, started a batch at a time.
+
+    Importing takes a probe longer than many a measurement.  Those of a batch import together, while the first of them
+    does too, so that later ones neither wait for it nor do it beside a measurement.
+    """
+
+    def __init__(self, command: Sequence[str] = PROBE_COMMAND, count: int = 1) -> None:
+        """`count` at a time."""
+        self._command, self._count = list(command), count
+        self._waiting: list[_Worker] = []
+
+    def __enter__(self) -> "Spares":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._waiting:
+            worker.end()
+        self._waiting.clear()
+
+    def run(self, request: str, marker: str, timeout_seconds: float, *, what: str) -> Ended:
+        """As `run_worker`; the time starts with the request."""
+        try:
+            worker = self._take()
+        except OSError as error:
+            return Ended([], None, False, f"cannot start {what}: {error}", "")
+        return worker.answer(request, marker, timeout_seconds, what)
+
+    def _take(self) -> "_Worker":
+        while self._waiting:
+            worker = self._waiting.pop(0)
+            if worker.waits:
+                return worker
+            worker.end()
+        for _ in range(self._count):
+            self._waiting.append(_Worker(self._command))
+        return self._waiting.pop(0)
+
+
+class _Worker:
+    """A process that answers one request."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        """Start it.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        with contextlib.ExitStack() as files:
+            # Files, not pipes: a grandchild that outlives the worker would hold a pipe open, and reading would hang.
+            self._stdout, self._stderr = (files.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=self._stdout, stderr=self._stderr, env=_environment(),
+                start_new_session=True,
+            )  # fmt: skip
+            self._files = files.pop_all()
+
+    @property
+    def waits(self) -> bool:
+        """Whether it still runs."""
+        return self._process.poll() is None
+
+    def answer(self, request: str, marker: str, timeout_seconds: float, what: str) -> Ended:
+        """Send the request, wait for the end; never raises but for an interrupt."""
         code: int | None = None
         timed_out, reason = False, ""
         try:
-            process = subprocess.Popen(
-                list(command), stdin=stdin, stdout=stdout, stderr=stderr, env=_environment(), start_new_session=True
-            )
-            code = process.wait(timeout=timeout_seconds)
-            reason = _why_silent(code, what)
-        except OSError as error:
-            reason = f"cannot start {what}: {error}"
-        except subprocess.TimeoutExpired:
-            timed_out, reason = True, f"no answer in {timeout_seconds:.0f} s"
+            try:
+                self._process.communicate(request.encode(), timeout=timeout_seconds)
+                code = self._process.returncode
+                reason = _why_silent(code, what)
+            except subprocess.TimeoutExpired:
+                timed_out, reason = True, f"no answer in {timeout_seconds:.0f} s"
+            # Before the files are read: children that a finished worker left behind might go on writing.
+            _kill_group(self._process)
+            lines = _tail(self._stdout).splitlines()
+            answers = [line.removeprefix(marker) for line in lines if line.startswith(marker)]
+            return Ended(answers, code, timed_out, reason, _last_lines(self._stderr))
         finally:
-            # Also when the tuner is interrupted, and for children that a finished worker left behind.
-            _kill_group(process)
-        lines = _tail(stdout).splitlines()
-        answers = [line.removeprefix(marker) for line in lines if line.startswith(marker)]
-        return Ended(answers, code, timed_out, reason, _last_lines(stderr))
+            self.end()  # also when the tuner is interrupted
+
+    def end(self) -> None:
+        """Kill it and its children; what they wrote is gone."""
+        _kill_group(self._process)
+        self._files.close()
 
 
 def _why_silent(code: int, what: str) -> str:
@@ -121,13 +196,14 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _kill_group(process: "subprocess.Popen[bytes] | None") -> None:
-    if process is None:
-        return
+def _kill_group(process: "subprocess.Popen[bytes]") -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=30)  # a process in an uninterruptible driver call cannot be waited for
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):  # what it did not read is lost with it
+            process.stdin.close()
 
 
 def _tail(stream: IO[bytes]) -> str:

@@ -14,6 +14,7 @@ from autotune.phases import VERIFICATION_SECONDS, Progress, Search
 from autotune.pool import TrialPool
 from autotune.probe import ProbeRequest
 from autotune.ranking import MEASURED
+from autotune.runner import Spares
 from autotune.runner import run_probe as run_in_process
 from autotune.space import EFFORTS, Effort, EffortName, candidates
 from fastft.cache import cache_lock
@@ -29,6 +30,9 @@ from fastft.planning import model_shape, plan_key
 ASSUMED_PROBE_SECONDS = {"cuda": 25.0, "cpu": 10.0}
 """Where none was measured yet: imports, loading and a few steps of an 8B model on an H200 (docs/log.md), or of the
 model `tiny` on two cores."""
+
+MOST_SPARES = 4
+"""Each holds some 700 MB of host memory, and nothing on the GPU, until it has its request."""
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +114,7 @@ def tune(
         return TuneResult(plan, cached=True)
     report = on_progress or (lambda progress: None)
     minutes = max_minutes if max_minutes is not None else level.minutes if device.kind == "cuda" else None
-    with _device_lock(store, device, report):
+    with _device_lock(store, device, report), ExitStack() as waiting:
         if not force and (plan := store.load(key)) is not None:  # another tuner was faster
             return TuneResult(plan, cached=True)
         TrialPool.remove_outdated(store.cache)
@@ -118,8 +122,9 @@ def tune(
         if force:
             pool.forget()
         kept = 0.0 if verify_plan is None else VERIFICATION_SECONDS
+        spares = waiting.enter_context(Spares(count=_spares(device)))
         search = Search(
-            config, shape, device, effort, seed, pool, report, _with_time_limit(run_probe),
+            config, shape, device, effort, seed, pool, report, _with_time_limit(run_probe, spares),
             run_kernels or (run_kernels_in_process if run_probe is None else None),
             KernelStore(store.cache, key),
             deadline=None if minutes is None else time.monotonic() + 60 * minutes - kept,
@@ -175,10 +180,17 @@ def _unpinned(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"backend": "auto", "micro_batch": None, "placement": None, "plan": "none"})
 
 
-def _with_time_limit(run_probe: Callable[[ProbeRequest], Trial] | None) -> Callable[[ProbeRequest, float], Trial]:
+def _with_time_limit(
+    run_probe: Callable[[ProbeRequest], Trial] | None, spares: Spares
+) -> Callable[[ProbeRequest, float], Trial]:
     if run_probe is None:
-        return lambda request, seconds: run_in_process(request, timeout_seconds=seconds)
+        return lambda request, seconds: run_in_process(request, timeout_seconds=seconds, spares=spares)
     return lambda request, seconds: run_probe(request)
+
+
+def _spares(device: Device) -> int:
+    """How many probes import together: as many as do not crowd the host, and on a CPU none beside a measurement."""
+    return max(1, min(MOST_SPARES, device.cores // 4)) if device.kind == "cuda" else 1
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 
 from autotune import runner
 from autotune.probe import MARKER, ProbeRequest
-from autotune.runner import run_probe
+from autotune.runner import Spares, run_probe
 from fastft.config import RunConfig
 from fastft.plan import Choices, Trial
 
@@ -113,7 +113,7 @@ def test_an_interrupt_ends_the_probe_and_is_passed_on(tmp_path: Path) -> None:
     code = f"""
 import sys
 from tests_request import REQUEST
-from autotune.runner import run_probe
+from autotune.runner import Spares, run_probe
 try:
     run_probe(REQUEST, command=[sys.executable, "-S", "-c",
         "import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"])
@@ -139,6 +139,50 @@ except KeyboardInterrupt:
         tuner.kill()
     assert "interrupted" in output
     assert gone(int(pid_file.read_text()))
+
+
+ECHO = "import os, sys; request = sys.stdin.read(); print('> ' + request + ' ' + str(os.getpid()))"
+
+
+def test_spares_are_started_together_and_serve_one_request_each() -> None:
+    with Spares([sys.executable, "-S", "-c", ECHO], count=3) as spares:
+        answers = [spares.run(f"request {n}", "> ", 20.0, what="it").answers for n in range(2)]
+        assert [answer[0].split()[:2] for answer in answers] == [["request", "0"], ["request", "1"]]
+        (last,) = spares._waiting
+        assert last.waits
+        spares.run("", "> ", 20.0, what="it")
+        assert spares._waiting == []
+        spares.run("", "> ", 20.0, what="it")
+        left = [worker._process.pid for worker in spares._waiting]
+        assert len(left) == 2
+    assert all(map(gone, left)), "nobody waits for a tuner that is gone"
+
+
+def test_a_spare_that_died_while_it_waited_is_not_asked() -> None:
+    with Spares([sys.executable, "-S", "-c", ECHO], count=2) as spares:
+        spares.run("", "> ", 20.0, what="it")
+        (spare,) = spares._waiting
+        spare._process.kill()
+        spare._process.wait()
+        assert spares.run("again", "> ", 20.0, what="it").answers[0].startswith("again")
+
+
+def test_the_time_of_a_spare_starts_with_its_request() -> None:
+    code = "import sys, time; sys.stdin.read(); time.sleep(60)"
+    with Spares([sys.executable, "-S", "-c", code], count=2) as spares:
+        for _ in range(2):
+            started = time.monotonic()
+            assert spares.run("", "> ", 0.5, what="it").timed_out
+            assert 0.4 < time.monotonic() - started < 10
+
+
+def test_what_a_probe_imports_ahead_looks_for_no_device() -> None:
+    code = (
+        "import sys; from autotune.probe import PRELOADED, preload; preload(); import torch;"
+        "assert set(PRELOADED) <= set(sys.modules); assert not torch.cuda.is_initialized();"
+        "assert not {'bitsandbytes', 'peft'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=runner._environment(), timeout=120)
 
 
 def test_the_probe_finds_the_fastft_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:

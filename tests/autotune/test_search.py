@@ -588,7 +588,7 @@ def test_a_probe_is_given_up_at_the_deadline(store: PlanStore, monkeypatch: pyte
     clock, limits, gpu = [0.0], list[float](), FakeGpu()
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
-    def probe(request: ProbeRequest, *, timeout_seconds: float) -> Trial:
+    def probe(request: ProbeRequest, *, timeout_seconds: float, spares: object) -> Trial:
         limits.append(timeout_seconds)
         clock[0] += 10.0
         return gpu(request)

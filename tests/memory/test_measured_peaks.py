@@ -1,9 +1,9 @@
 """The memory model against peaks that were measured on an H200 (reports/published): 116 plans of four shapes.
 
-By `peaks.jsonl` and `more_peaks.jsonl`, where steps are recorded as CUDA graphs too, it was corrected; the plans of `held_out.jsonl` were drawn before they were measured, half of them at
-random and half by `fit` for random caps, and the model had not seen them (`predicted` is what it said then).  The
-lines are what a plain loop of three steps allocated at most, first step left out: bf16, rank 16 on all seven
-linears, bitsandbytes' 8-bit AdamW.
+By `peaks.jsonl` and `more_peaks.jsonl`, where steps are recorded as CUDA graphs too, it was corrected.  The plans of
+`held_out.jsonl` were drawn before they were measured, half of them at random and half by `fit` for random caps, and the
+model had not seen them (`predicted` is what it said then).  The lines are what a plain loop of three steps allocated at
+most, first step left out: bf16, rank 16 on all seven linears, bitsandbytes' 8-bit AdamW.
 """
 
 import json
