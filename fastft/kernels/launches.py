@@ -178,6 +178,19 @@ _CROSS_ENTROPY = (
 )
 
 
+_SHORT_ROWS, _FEW_HEADS = 2048, 16
+"""Up to here 16 rows a step are faster than 64 or 32: by 8 % at D = 1,536, by 10 % with 12 + 2 heads (an H200, the
+search's own record in docs/log.md, 2026-11-25)."""
+
+
+def _add_default(bucket: Bucket) -> Launch:
+    return _ADD[3] if bucket.sizes[0] <= _SHORT_ROWS else _ADD[0]
+
+
+def _rotate_default(bucket: Bucket) -> Launch:
+    return _ROTATE[1] if sum(bucket.sizes[:2]) <= _FEW_HEADS else _ROTATE[0]
+
+
 def _narrow_default(bucket: Bucket) -> Launch:
     if bucket.bits == 32:
         return _NARROW_FP32
@@ -190,9 +203,9 @@ OPERATIONS: dict[str, Operation] = {
     "activate_backward": Operation(
         ("inputs", "F", "R"), lambda _: _BACKWARD[0], _BACKWARD, lambda bucket: 1 + bucket.sizes[0]
     ),
-    "add": Operation(("F", "R"), lambda _: _ADD[0], _ADD, lambda _: 2),
+    "add": Operation(("F", "R"), _add_default, _ADD, lambda _: 2),
     # Heads of q and of k; rank 0 is a rotation alone.  Both halves of a head together are d columns.
-    "rotate": Operation(("q", "k", "d", "R"), lambda _: _ROTATE[0], _ROTATE, lambda _: 0),
+    "rotate": Operation(("q", "k", "d", "R"), _rotate_default, _ROTATE, lambda _: 0),
     # The widths of three layers, 0 for those that are not there.  A program finds out itself whose dy it reads, so the
     # compiler may not know how that is aligned, and not load it ahead.
     "narrow_gradients": Operation(
