@@ -21,7 +21,7 @@ from fastft.engine.patch import placement_of
 from fastft.engine.state import state_of
 from fastft.errors import BackendError, ConfigError, FastftError, ModelError, PlanError
 from fastft.hardware import detect_device
-from fastft.kernels.launches import OPERATIONS, launch_for
+from fastft.kernels.launches import OPERATIONS, Bucket, launch_for
 from fastft.models.shapes import SHAPES
 from fastft.plan import Choices, Evidence, Plan
 from fastft.plan_store import PlanStore
@@ -321,13 +321,24 @@ def test_a_cached_plan_is_followed_whatever_the_batch(caplog):
     assert placement_of(other_rank) != ["full", "keep", "mlp"]
 
 
+BUCKET = "add/64x16/32bit/256"
+
+
+def default_launch() -> Any:
+    return OPERATIONS["add"].default(Bucket.parse(BUCKET))
+
+
+def other_launch() -> Any:
+    return next(launch for launch in OPERATIONS["add"].launches if launch != default_launch())
+
+
 def test_a_plan_decides_how_kernels_are_launched():
-    launch = list(OPERATIONS["add"].launches[1])
-    PlanStore().save(make_plan(kernels={"add/64x16/32bit/256": launch}))
+    launch = list(other_launch())
+    PlanStore().save(make_plan(kernels={BUCKET: launch}))
     adapt()
     assert launch_for("add", (64, 16), 4, 100) == tuple(launch)
     adapt(plan="none")
-    assert launch_for("add", (64, 16), 4, 100) == OPERATIONS["add"].launches[0], "without a plan, by default"
+    assert launch_for("add", (64, 16), 4, 100) == default_launch(), "without a plan, by default"
 
 
 def test_a_plan_file_is_followed_or_refused_by_the_differing_field(tmp_path):
@@ -411,19 +422,19 @@ def test_a_saved_adapter_names_the_plan(tmp_path):
 
 
 def test_launches_of_plans_for_the_same_widths_are_followed_and_nothing_else(monkeypatch):
-    launch, bucket = list(OPERATIONS["add"].launches[1]), "add/64x16/32bit/256"
-    PlanStore().save(make_plan(kernels={bucket: launch}))
+    launch = list(other_launch())
+    PlanStore().save(make_plan(kernels={BUCKET: launch}))
     monkeypatch.setattr("fastft.api._backend_name", lambda *_: "triton")
     with patch_hf_training(backend="triton"):
         model = stock_model()
         assert launch_for("add", (64, 16), 4, 100) == tuple(launch)
         assert placement_of(model) == ["light"] * 3
         stock_model(r=5)
-        assert launch_for("add", (64, 16), 4, 100) == OPERATIONS["add"].launches[0], "a plan for another rank"
-        ship(kernels={bucket: launch})
+        assert launch_for("add", (64, 16), 4, 100) == default_launch(), "a plan for another rank"
+        ship(kernels={BUCKET: launch})
         PlanStore().path(make_plan().key).unlink()
         stock_model()
-        assert launch_for("add", (64, 16), 4, 100) == OPERATIONS["add"].launches[0], "timed with other kernels"
+        assert launch_for("add", (64, 16), 4, 100) == default_launch(), "timed with other kernels"
 
 
 def stock_model(**lora: Any) -> Any:
