@@ -34,8 +34,7 @@ def relative_time(choices: Choices, config: RunConfig, shape: ModelShape, device
     of_step = shape.layers * step_flops(shape, config.sequence_tokens)
     again = sum(recompute_flops(shape, p, config.sequence_tokens, choices.backend) for p in choices.placement)
     if config.quantization != "none":
-        weights = sum(size_in * size_out for size_in, size_out in shape.linear_sizes.values())
-        again += (shape.layers - choices.resident_layers) * weights * DEQUANTIZED_FLOPS / tokens
+        again += (shape.layers - choices.resident_layers) * shape.linear_weights * DEQUANTIZED_FLOPS / tokens
     moved = OFFLOADED_SHARE * sum(policy in OFFLOADED for policy in choices.placement) / shape.layers
     speed = tokens / (tokens + HALF_SPEED_TOKENS[device.kind])
     return SLOWER_BACKEND.get(choices.backend, 1.0) * (1 + again / of_step + moved) / speed

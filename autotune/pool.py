@@ -11,7 +11,6 @@ A torn last line, as a power cut leaves it, is ignored.  Only the tuner that hol
 """
 
 import json
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +19,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from autotune.probe import ProbeRequest, judge_again
-from fastft.errors import OutputError
-from fastft.files import canonical_json, sha256_of
+from fastft.files import append_line, canonical_json, sha256_of
 from fastft.hardware import Device
 from fastft.plan import PlanKey, Trial
 
@@ -134,18 +132,10 @@ class TrialPool:
             self._others[name] = remembered
 
     def _append(self, entry: dict[str, Any]) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as stream:
-                # A torn line must not swallow this one: every entry starts on its own line.
-                stream.write(("\n" + canonical_json(entry) + "\n").encode())
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise OutputError(
-                f"cannot write the trial pool {self.path}", got=error.strerror or str(error),
-                fix="free some space or set FASTFT_CACHE_DIR to a folder that you may write to",
-            ) from error  # fmt: skip
+        append_line(
+            self.path, canonical_json(entry), name=f"the trial pool {self.path}",
+            fix="free some space or set FASTFT_CACHE_DIR to a folder that you may write to",
+        )  # fmt: skip
 
     def _lines(self) -> list[str]:
         try:

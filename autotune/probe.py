@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,6 +22,9 @@ from fastft.config import RunConfig
 from fastft.plan import Choices, Trial
 from fastft.processes import die_with_parent
 from fastft.record import Memory
+
+if TYPE_CHECKING:
+    from fastft.measure.steps import Samples
 
 MARKER = "FASTFT_TRIAL "
 MAX_TIMED_STEPS = 64
@@ -104,6 +107,21 @@ def _against_cap(peak_bytes: int, cap_bytes: int | None) -> tuple[Verdict, str]:
     return "ok", ""
 
 
+def trial_of(choices: Choices, samples: "Samples", memory: Memory, warmup_steps: int, cap_bytes: int | None) -> Trial:
+    """What a run of `choices` that came to its end says; its first `warmup_steps` do not count."""
+    times, tokens = samples.step_time_ms[warmup_steps:], samples.step_tokens[warmup_steps:]
+    verdict, detail = judge(memory, cap_bytes)
+    return Trial(
+        choices=choices,
+        verdict=verdict,
+        step_time_ms=times,
+        tokens_per_second=1000.0 * statistics.median(tokens) / statistics.median(times),
+        peak_bytes=memory.peak_bytes,
+        model_bytes=memory.model_bytes,
+        detail=detail,
+    )
+
+
 def _measure(request: ProbeRequest) -> Trial:
     from autotune.alternatives import other_attention
     from fastft.data.sources import random_batch
@@ -133,19 +151,8 @@ def _measure(request: ProbeRequest) -> Trial:
     memory = samples.memory
     if memory is None:
         return Trial(choices=request.choices, verdict="failed", detail="the peak of memory was not measured")
-    times = samples.step_time_ms[request.warmup_steps :]
-    tokens = samples.step_tokens[request.warmup_steps :]
-    verdict, detail = judge(memory, config.memory_cap_bytes)
-    return Trial(
-        choices=request.choices,
-        verdict=verdict,
-        step_time_ms=times,
-        tokens_per_second=1000.0 * statistics.median(tokens) / statistics.median(times),
-        peak_bytes=memory.peak_bytes,
-        model_bytes=memory.model_bytes,
-        detail=detail,
-        other_attention=other_attention(config, request.choices, shape),
-    )
+    trial = trial_of(request.choices, samples, memory, request.warmup_steps, config.memory_cap_bytes)
+    return trial.model_copy(update={"other_attention": other_attention(config, request.choices, shape)})
 
 
 def _free(error: BaseException) -> None:

@@ -5,23 +5,22 @@ same steps in a process of its own each.
 """
 
 import gc
-import statistics
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from autotune.probe import is_out_of_memory, judge
+from autotune.probe import is_out_of_memory, trial_of
 from bench.weights import randomise_adapter
 from fastft.config import RunConfig
 from fastft.data.sources import random_batch
 from fastft.engine.graphs import WARM_RUNS
-from fastft.engine.patch import patch_model, unpatch_model
+from fastft.engine.patch import unpatch_model
 from fastft.errors import MeasureError
 from fastft.measure.steps import Samples, measure_steps
-from fastft.plan import Choices, Trial, keeps_input_only
-from fastft.training.session import build_session
+from fastft.plan import Choices, Trial
+from fastft.training.session import build_session, put_in
 
 EXACT_AGREEMENT, ROUNDED_AGREEMENT = 1e-3, 0.05
 """By how much losses and gradient norms of one batch may differ between configurations, as a fraction.  In fp32 only
@@ -76,19 +75,10 @@ class Rig:
         if found is None or found.memory is None:
             peak = self._recover()
             return Trial(choices=choices, verdict=verdict, peak_bytes=peak, detail=detail)  # type: ignore[arg-type]
-        verdict, detail = judge(found.memory, None)
+        trial = trial_of(choices, found, found.memory, warmup_steps, None)
         if (difference := self._difference(found)) is not None:
-            verdict, detail = "parity_failed", difference
-        times, tokens = found.step_time_ms[warmup_steps:], found.step_tokens[warmup_steps:]
-        return Trial(
-            choices=choices,
-            verdict=verdict,  # type: ignore[arg-type]
-            step_time_ms=times,
-            tokens_per_second=1000.0 * statistics.median(tokens) / statistics.median(times),
-            peak_bytes=found.memory.peak_bytes,
-            model_bytes=found.memory.model_bytes,
-            detail=detail,
-        )
+            return trial.model_copy(update={"verdict": "parity_failed", "detail": difference})
+        return trial
 
     def require_device(self) -> None:
         """Check that the next configuration can be measured: after some errors a GPU answers this process no more.
@@ -117,11 +107,7 @@ class Rig:
             torch._C._cuda_clearCublasWorkspaces()
         model.gradient_checkpointing_disable()
         model.disable_input_require_grads()
-        if choices.backend != "peft":
-            patch_model(model, backend=choices.backend, strict=self.config.strict, **choices.for_model)
-        elif all(map(keeps_input_only, choices.placement)):
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
+        put_in(model, choices, strict=self.config.strict)
 
     def _batches(self, count: int) -> "list[dict[str, torch.Tensor]]":
         vocabulary = self.session.model.config.vocab_size

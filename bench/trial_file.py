@@ -5,15 +5,14 @@ measures goes on from there.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastft.config import RunConfig
-from fastft.errors import ConfigError, DataError, OutputError
-from fastft.files import canonical_json
+from fastft.errors import ConfigError, DataError
+from fastft.files import append_line, canonical_json
 from fastft.plan import PlanKey, Trial
 from fastft.planning import describe_difference
 
@@ -78,19 +77,7 @@ class TrialFile:
         Raises:
             OutputError: it cannot be written.
         """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab+") as stream:
-                if stream.tell() and not self._ends_a_line():
-                    stream.write(b"\n")  # a torn line must not swallow this one
-                stream.write(canonical_json(line.model_dump(mode="json")).encode() + b"\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {self.path}", got=error.strerror or str(error),
-                fix="free some space or choose a folder that you may write to",
-            ) from error  # fmt: skip
+        append_line(self.path, canonical_json(line.model_dump(mode="json")))
 
     def header(self) -> Header:
         """The first line.
@@ -121,6 +108,3 @@ class TrialFile:
     def _lines(self) -> list[str]:
         # Not `splitlines`: JSON leaves letters as they are that end a line for it, as U+2028.
         return self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-
-    def _ends_a_line(self) -> bool:
-        return self.path.read_bytes().endswith(b"\n")

@@ -285,7 +285,7 @@ def _put_backend_in(
         placement = automatic(config, residents=True)
         if plan is not None:
             # Who tuned a plan chose its batch; who did not may well train larger ones than it holds.
-            shipped = functools.partial(_up_to_its_own_batch, plan, automatic(config, residents=True))
+            shipped = functools.partial(_up_to_its_own_batch, plan, placement)
             placement = shipped if plan.origin == "shipped" else plan.choices.placement
     elif isinstance(checkpointing, bool):
         placement = "full" if checkpointing else "light"

@@ -10,6 +10,8 @@ from typing import Any
 
 from fastft.errors import OutputError
 
+_ANOTHER_FOLDER = "free some space or choose a folder that you may write to"
+
 
 def canonical_json(value: Any) -> str:
     """`value` as JSON with sorted keys and no spaces: equal values give equal text, so it can be hashed."""
@@ -49,8 +51,40 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         raise OutputError(
             f"cannot write {path}",
             got=error.strerror or str(error),
-            fix="free some space or choose a folder that you may write to",
+            fix=_ANOTHER_FOLDER,
         ) from error
+
+
+def append_line(
+    path: Path,
+    text: str,
+    *,
+    name: str | None = None,
+    fix: str = "free some space or choose a folder that you may write to",
+) -> None:
+    """Add one line to `path`, on disk when this returns; its folder is made.
+
+    A torn last line, as a power cut leaves it, is ended first, so that it does not swallow this one.
+
+    Args:
+        name: what an error calls the file; None for its path.
+        fix: what an error advises.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as stream:
+            torn = False
+            if stream.seek(0, os.SEEK_END):
+                stream.seek(-1, os.SEEK_END)
+                torn = stream.read(1) != b"\n"
+            stream.write(b"\n" * torn + text.encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise OutputError(f"cannot write {name or path}", got=error.strerror or str(error), fix=fix) from error
 
 
 def unfinished_writes(folder: Path) -> Iterator[tuple[Path, Path]]:

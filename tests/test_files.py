@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastft.errors import OutputError
-from fastft.files import canonical_json, new_folder, sha256_of, write_atomically
+from fastft.files import append_line, canonical_json, new_folder, sha256_of, write_atomically
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -122,3 +122,21 @@ def test_a_link_is_replaced_not_followed(tmp_path):
     write_atomically(link, "new")
     assert target.read_text() == "target"
     assert Path(link).read_text() == "new"
+
+
+@pytest.mark.parametrize("before", [b"", b"one\n", b"one\ntorn \xff", b"\n"])
+def test_a_line_is_appended_behind_whole_and_torn_ones(tmp_path, before):
+    path = tmp_path / "new" / "lines"
+    if before:
+        path.parent.mkdir()
+        path.write_bytes(before)
+    append_line(path, "two\u2028")
+    append_line(path, "three")
+    whole = before if not before or before.endswith(b"\n") else before + b"\n"
+    assert path.read_bytes() == whole + "two\u2028\nthree\n".encode()
+
+
+def test_a_line_that_cannot_be_appended_is_an_output_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write the diary; got .*; fix: buy another$"):
+        append_line(tmp_path / "file" / "lines", "one", name="the diary", fix="buy another")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from fastft.commands.flags import JsonFlag
-from fastft.commands.reasons import reasons, shown
+from fastft.commands.reasons import reasons, shown, shown_launch
 from fastft.config import RunConfig
 from fastft.console import print_json, print_line, print_table, say
 from fastft.errors import BackendError, ConfigError, PlanError
@@ -82,7 +82,7 @@ def show(id: PlanArgument, as_json: JsonFlag = False) -> None:
     if evidence.kernels:
         print_line("")
         kernels = [
-            [f"  {trial.bucket} {_fields(trial.launch)}", trial.verdict.replace("_", " "),
+            [f"  {trial.bucket} {shown_launch(trial.launch)}", trial.verdict.replace("_", " "),
              f"{min(trial.microseconds):,.1f}" if trial.microseconds else ""]
             for trial in evidence.kernels
         ]  # fmt: skip
@@ -240,10 +240,6 @@ def _flat(key: PlanKey) -> dict[str, Any]:
     for name, value in key.model_dump().items():
         flat |= {f"{name}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {name: value}
     return flat
-
-
-def _fields(launch: list[int]) -> str:
-    return " ".join(map(str, launch))
 
 
 def _shown(value: Any) -> str:

@@ -19,7 +19,7 @@ def reasons(plan: Plan) -> list[tuple[str, str, str]]:
     names = [name for name in Choices.model_fields if name != "kernels"]
     rows = [(name, shown(getattr(plan.choices, name)), _because(plan, name)) for name in names]
     for bucket, launch in plan.choices.kernels.items():
-        rows.append((f"kernels.{bucket}", _fields(launch), _because_of_launch(plan, bucket, launch)))
+        rows.append((f"kernels.{bucket}", shown_launch(launch), _because_of_launch(plan, bucket, launch)))
     return rows
 
 
@@ -56,7 +56,7 @@ def _because_of_launch(plan: Plan, bucket: str, launch: list[int]) -> str:
     default = timed[0]  # by the order of `Evidence.kernels`
     if default.launch == launch:
         return f"{own[0]:,.1f} µs"
-    return f"{own[0]:,.1f} µs; the default {_fields(default.launch)}: {min(default.microseconds):,.1f} µs"
+    return f"{own[0]:,.1f} µs; the default {shown_launch(default.launch)}: {min(default.microseconds):,.1f} µs"
 
 
 def _speed(trials: list[Trial]) -> float | None:
@@ -75,5 +75,6 @@ def _label(name: str, value: str) -> str:
     return "peft (stock)" if name == "backend" and value == "peft" else value
 
 
-def _fields(launch: list[int]) -> str:
+def shown_launch(launch: list[int]) -> str:
+    """A kernel's launch for people: its fields."""
     return " ".join(map(str, launch))

@@ -13,7 +13,7 @@ import torch
 from fastft.engine.saved import Saved
 from fastft.engine.streams import side_stream
 from fastft.kernels.launch import next_power_of_2
-from fastft.memory.layer import HOST_PIECE_BYTES, WORTH_MOVING_BYTES
+from fastft.memory.layer import WORTH_MOVING_BYTES, host_pieces
 
 _WORTH_MOVING = WORTH_MOVING_BYTES
 
@@ -141,18 +141,11 @@ class _Parked(NamedTuple):
 
 
 def in_pieces(t: torch.Tensor) -> list[torch.Tensor]:
-    """A contiguous tensor's elements in pieces whose bytes are powers of two, and a rest; any other tensor as it is.
-
-    PyTorch rounds page-locked memory up to powers of two: of one large piece, up to half would be wasted.
-    """
-    if not t.is_contiguous():
+    """A contiguous tensor's elements in the pieces of `host_pieces`; any other tensor as it is."""
+    sizes = host_pieces(t.nbytes)
+    if len(sizes) == 1 or not t.is_contiguous():
         return [t]
-    pieces, left = [], t.view(-1)
-    while left.nbytes >= 2 * HOST_PIECE_BYTES and (size := next_power_of_2(left.nbytes)) > left.nbytes:
-        elements = size // 2 // left.element_size()
-        pieces.append(left[:elements])
-        left = left[elements:]
-    return [*pieces, left] if pieces else [t]
+    return list(t.view(-1).split([size // t.element_size() for size in sizes]))
 
 
 def _page_locked_like(t: torch.Tensor) -> torch.Tensor:

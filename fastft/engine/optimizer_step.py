@@ -75,11 +75,8 @@ def _before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dic
         return
     for group_index, group in enumerate(optimizer.param_groups):
         bank = next((b for p in group["params"] if (b := bank_of(p)) is not None), None)
-        if (
-            bank is None
-            or not bank.holds()
-            or not {id(p) for p in group["params"]}.issuperset(map(id, bank.parameters))
-        ):
+        members = {id(p) for p in group["params"]}
+        if bank is None or not bank.holds() or not members.issuperset(map(id, bank.parameters)):
             continue
         gradient_N = bank.gradients_in_one()
         if gradient_N is not None:

@@ -84,13 +84,21 @@ def is_recorded(graphs: str, tokens: int, layer_weights: int) -> bool:
     return graphs == "on" or (graphs == "auto" and 4.0 * tokens * layer_weights < RECORDED_LAYER_FLOPS)
 
 
-def page_locked_bytes(size: int) -> int:
-    """What the host gives for a tensor of `size` bytes that is moved there (`fastft.engine.offload.in_pieces`)."""
-    whole = 0
+def host_pieces(size: int) -> list[int]:
+    """The bytes of the pieces in which a tensor of `size` bytes goes to the host: powers of two, and a rest.
+
+    PyTorch rounds page-locked memory up to powers of two: of one large piece, up to half would be wasted.
+    """
+    pieces = []
     while size >= 2 * HOST_PIECE_BYTES and size & (size - 1):
-        piece = 1 << (size.bit_length() - 1)
-        whole, size = whole + piece, size - piece
-    return whole + (1 << (size - 1).bit_length() if size else 0)
+        pieces.append(1 << (size.bit_length() - 1))
+        size -= pieces[-1]
+    return [*pieces, size]
+
+
+def page_locked_bytes(size: int) -> int:
+    """What the host gives for a tensor of `size` bytes that is moved there."""
+    return sum(1 << (piece - 1).bit_length() for piece in host_pieces(size) if piece)
 
 
 def _tile_share(policy: Policy, tokens: int, mlp_chunk_tokens: int | None) -> float:

@@ -187,13 +187,12 @@ def records(shape: ModelShape, choices: Choices, config: RunConfig, device: Devi
     """Whether a run of `choices` replays CUDA graphs, if its batches allow it."""
     if choices.backend == "peft" or config.lora.dropout or (device is not None and device.kind != "cuda"):
         return False
-    weights = sum(map(math.prod, shape.linear_sizes.values()))
-    return is_recorded(choices.graphs, choices.micro_batch * config.sequence_tokens, weights)
+    return is_recorded(choices.graphs, choices.micro_batch * config.sequence_tokens, shape.linear_weights)
 
 
 def _base_bytes(shape: ModelShape, choices: Choices, config: RunConfig, a: int) -> float:
     """The frozen weights on the device."""
-    linear_weights = shape.layers * sum(i * o for i, o in shape.linear_sizes.values())
+    linear_weights = shape.layers * shape.linear_weights
     # bitsandbytes quantizes the decoder layers' linears; embeddings, head, norms and biases keep the dtype.
     others = (shape.parameters - linear_weights) * a
     if choices.host_embedding:
@@ -233,14 +232,13 @@ def step_flops(shape: ModelShape, sequence_tokens: int) -> float:
     Base weights are frozen, so they cost 2 FLOPs a weight forward and 2 backward; causal attention costs 2·S·Q
     forward and 5·S·Q backward.
     """
-    weights = sum(i * o for i, o in shape.linear_sizes.values())
-    return 4.0 * weights + 7.0 * sequence_tokens * shape.heads * shape.head_dim
+    return 4.0 * shape.linear_weights + 7.0 * sequence_tokens * shape.heads * shape.head_dim
 
 
 def dense_layer_bytes(shape: ModelShape, config: RunConfig, device: Device | None = None) -> int:
     """The linear weights of one decoder layer in the dtype of the activations."""
     dtype = resolve_dtype(config.dtype, device) if device is not None else config.dtype
-    return sum(i * o for i, o in shape.linear_sizes.values()) * DTYPE_BYTES.get(dtype, 2)
+    return shape.linear_weights * DTYPE_BYTES.get(dtype, 2)
 
 
 def _stock_layer_bytes(shape: ModelShape, a: int) -> float:

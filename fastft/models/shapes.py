@@ -85,6 +85,11 @@ class ModelShape:
         return dict(zip(self.spec.targets, zip(ins, outs, strict=True), strict=True))
 
     @property
+    def linear_weights(self) -> int:
+        """Weights of the linear layers of one decoder layer."""
+        return sum(size_in * size_out for size_in, size_out in self.linear_sizes.values())
+
+    @property
     def qkv_names(self) -> tuple[str, ...]:
         """Those of `linear_sizes` that make q, k and v."""
         return self.spec.targets[: len(self.spec.qkv)]
@@ -102,11 +107,10 @@ class ModelShape:
     @property
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer: linears, biases and norms."""
-        weights = sum(i * o for i, o in self.linear_sizes.values())
         biases = (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
         head_norms = 0 if self.spec.head_norms is None else len(self.spec.head_norms)
         norms = (len(self.spec.norms) - head_norms) * self.norm_parameters + head_norms * self.head_dim
-        return weights + biases + norms
+        return self.linear_weights + biases + norms
 
     @property
     def parameters(self) -> int:

@@ -140,14 +140,22 @@ def build_session(config: RunConfig, choices: Choices, *, seed: int | None = Non
         trust_remote_code=config.trust_remote_code,
     )
     model = add_adapters(model, config, seed=seed)
-    if choices.backend == "peft":
-        if all(map(keeps_input_only, choices.placement)):
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-    else:
-        patch_model(model, backend=choices.backend, strict=config.strict, **choices.for_model)
+    put_in(model, choices, strict=config.strict)
     tokenizer = load_tokenizer(resolved, offline=config.offline, trust_remote_code=config.trust_remote_code)
     return Session(model, tokenizer, config, choices, device, dtype)
+
+
+def put_in(model: Any, choices: Choices, *, strict: bool) -> None:
+    """Make an adapted model that is stock run as `choices` say; see `build_session`.
+
+    Raises:
+        FastftError: as `fastft.engine.patch.patch_model`.
+    """
+    if choices.backend != "peft":
+        patch_model(model, backend=choices.backend, strict=strict, **choices.for_model)
+    elif all(map(keeps_input_only, choices.placement)):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
 
 
 def add_adapters(model: Any, config: RunConfig, *, seed: int) -> Any:
