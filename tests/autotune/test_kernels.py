@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from autotune import kernel_worker, kernels
 from autotune.kernel_comparison import Limits
@@ -87,7 +88,9 @@ def test_the_buckets_of_a_llama() -> None:
         ("toy-qwen3", None), ("toy-gemma2", None), ("toy-phi3", None), ("toy-falcon", None),
     ],
 )  # fmt: skip
-def test_the_buckets_are_those_of_a_step(name: str, targets: tuple[str, ...] | None, monkeypatch) -> None:
+def test_the_buckets_are_those_of_a_step(
+    name: str, targets: tuple[str, ...] | None, monkeypatch, device: torch.device
+) -> None:
     """Every bucket that a step asks for is searched, and no other."""
     from fastft.data.sources import random_batch
     from fastft.kernels import launches
@@ -95,8 +98,8 @@ def test_the_buckets_are_those_of_a_step(name: str, targets: tuple[str, ...] | N
 
     shape = SHAPES[name]
     config = RunConfig(
-        model=name, sequence_tokens=16, batch_size=2, lora=LoraConfig(rank=4, targets=targets), device="cpu",
-        dtype="fp32", backend="triton",
+        model=name, sequence_tokens=16, batch_size=2, lora=LoraConfig(rank=4, targets=targets), dtype="fp32",
+        device=device.type, backend="triton",
     )  # fmt: skip
     asked: set[Bucket] = set()
     choose = launches.launch_for
@@ -107,7 +110,7 @@ def test_the_buckets_are_those_of_a_step(name: str, targets: tuple[str, ...] | N
 
     for module in ("adapted", "lora_linear", "cross_entropy"):
         monkeypatch.setattr(f"fastft.kernels.{module}.triton.launch_for", spy)
-    buckets = step_buckets(shape, config, CPU, 2, 2048)
+    buckets = step_buckets(shape, config, detect_device(device.type), 2, 2048)
     choices = Choices(
         backend="triton", micro_batch=2, accumulation=1, placement=["light"] * shape.layers, kernels=seconds_of(buckets)
     )

@@ -129,10 +129,12 @@ except KeyboardInterrupt:
         [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
     try:
-        for _ in range(200):
+        for _ in range(600):  # where files are slow to read, the imports take most of it
             if pid_file.exists() and pid_file.read_text():
                 break
             time.sleep(0.1)
+        else:
+            pytest.fail("the probe did not start")
         tuner.send_signal(signal.SIGINT)
         output, _ = tuner.communicate(timeout=20)
     finally:
