@@ -105,10 +105,7 @@ class RecordedRun:
         _fill(self._x_BTD, x_BSD)
         given = {id(call.context): call.context for call in calls}
         for own, context in zip(self._contexts.values(), given.values(), strict=True):
-            own.cos_Sd[: len(context.cos_Sd)].copy_(context.cos_Sd)
-            own.sin_Sd[: len(context.sin_Sd)].copy_(context.sin_Sd)
-            if context.seen.documents is not None:
-                _fill_documents(own, context.seen.documents)
+            _fill_context(own, context, self._tokens)
         self._replay_forward()
         return self._y_BTD.detach()[:, : self._tokens]
 
@@ -151,9 +148,7 @@ class Graphs:
             self._recorded.clear()
             self._times.clear()
             self._addresses = [tensor.data_ptr() for tensor in self._weights]
-        # Rows of nearly one length share a recording, if what a token is told depends on its place in the row alone.
-        shared = all(len(call.context.cos_Sd) == S and call.context.seen.documents is None for call in run.calls)
-        tokens = -(-S // TOKEN_STEP) * TOKEN_STEP if shared else S
+        tokens = -(-S // TOKEN_STEP) * TOKEN_STEP  # rows of nearly one length share a recording
         key = (B, tokens, x_BSD.dtype, x_BSD.device, first, needs_dx, id(bank), *map(_kind, run.calls))
         if key not in self._recorded:
             self._times[key] = self._times.get(key, 0) + 1
@@ -217,15 +212,14 @@ class InUse:
 
 def _own(context: StepContext, tokens: int, most: int) -> StepContext:
     """The context with tables of its own, for rows of up to `most` tokens instead of `tokens`."""
-    rows = len(context.cos_Sd) + most - tokens
-    cos_Sd, sin_Sd = (table.new_zeros(rows, table.shape[1]) for table in (context.cos_Sd, context.sin_Sd))
+    tables = (context.cos_Sd, context.sin_Sd)
+    cos_Sd, sin_Sd = (table.new_zeros(len(table) // tokens * most, table.shape[1]) for table in tables)
     own = context._replace(tokens=context.batch * most, cos_Sd=cos_Sd, sin_Sd=sin_Sd)
     documents = context.seen.documents
-    if documents is None:
-        return own
-    # The longest is a number that is recorded too: that of the longest that may come.
-    own = own._replace(seen=own.seen._replace(documents=documents.new_empty(_places(documents)), longest=most))
-    _fill_documents(own, documents)
+    if documents is not None:
+        # The longest is a number that is recorded too: that of the longest that may come.
+        own = own._replace(seen=own.seen._replace(documents=documents.new_empty(_places(documents)), longest=most))
+    _fill_context(own, context, tokens)
     return own
 
 
@@ -237,12 +231,18 @@ def _places(documents: torch.Tensor) -> int:
     return places
 
 
-def _fill_documents(own: StepContext, documents: torch.Tensor) -> None:
-    """The documents first; those behind them are empty."""
-    places = own.seen.documents
-    assert places is not None
-    places[: len(documents)].copy_(documents)
-    places[len(documents) :].fill_(own.tokens)
+def _fill_context(own: StepContext, context: StepContext, tokens: int) -> None:
+    """Put what `context` tells rows of `tokens` into a recording's own."""
+    most = own.tokens // own.batch
+    for whole, part in ((own.cos_Sd, context.cos_Sd), (own.sin_Sd, context.sin_Sd)):
+        # One table for all rows, or one a row.
+        whole.unflatten(0, (-1, most))[:, :tokens].copy_(part.unflatten(0, (-1, tokens)))
+    documents, places = context.seen.documents, own.seen.documents
+    if documents is not None and places is not None:
+        # What fills a row up belongs to its last document; those behind all rows are empty.
+        starts = documents if tokens == most else documents // tokens * most + documents % tokens
+        places[: len(documents)].copy_(starts)
+        places[len(documents) :].fill_(own.tokens)
 
 
 def _fill(whole_BTD: torch.Tensor, part_BSD: torch.Tensor) -> None:

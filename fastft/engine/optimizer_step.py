@@ -70,8 +70,9 @@ def install() -> None:
 
 
 def _before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    has_closure = len(args) > 1 or kwargs.get("closure") is not None  # args[0] is the optimizer
-    if has_closure or not _is_plain_adam(optimizer):
+    # args[0] is the optimizer; accelerate names no closure by giving None.
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is not None or not _is_plain_adam(optimizer):
         return
     for group_index, group in enumerate(optimizer.param_groups):
         bank = next((b for p in group["params"] if (b := bank_of(p)) is not None), None)

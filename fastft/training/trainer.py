@@ -41,6 +41,10 @@ class TrainResult:
     tokens_per_second: float
     """Tokens without padding over the loop's wall-clock time, logging and saving included."""
     seconds: float
+    peak_bytes: int
+    """Of memory, while training: the allocator's on a GPU, the resident set on a CPU."""
+    allocator_retries: int
+    """How often a GPU's allocator had to give cached blocks back to find memory; 0 on a CPU."""
     plan_id: str | None
     message: str
     """One line: what was followed and where the adapter is."""
@@ -121,6 +125,7 @@ def _train(
 ) -> TrainResult:
     import torch
 
+    from fastft.measure.memory import PeakMemory
     from fastft.training.session import build_session
 
     session = build_session(config, resolution.choices)
@@ -138,6 +143,8 @@ def _train(
         config, session, resolution.choices, device, output, samples, counter,
         [*callbacks, *([first_steps] if first_steps else [])],
     )  # fmt: skip
+    peak = PeakMemory(session.device)
+    peak.start()
     started = time.perf_counter()
     try:
         with _quick_modes(session.model, session.parameters):
@@ -147,14 +154,19 @@ def _train(
             first_steps.out_of_memory()
         raise
     seconds = time.perf_counter() - started
+    memory = peak.stop()
     save_adapter(session.model, session.tokenizer, output)
     tell("ledger: " + "; ".join(f"{count}× {path}" for path, count in session.ledger().items()))
     plan_id = resolution.plan.id if resolution.plan is not None else None
     rate = counter.tokens / seconds
+    retries = memory.allocator_retries
     message = (
-        f"adapter saved to {output}: {done.global_step} steps, loss {done.training_loss:.4f}, {rate:,.0f} tokens/s"
+        f"adapter saved to {output}: {done.global_step} steps, loss {done.training_loss:.4f}, {rate:,.0f} tokens/s, "
+        f"peak {memory.peak_bytes / 2**30:.2f} GiB" + (f", {retries} allocator retries" if retries else "")
     )
-    return TrainResult(output, done.global_step, done.training_loss, rate, seconds, plan_id, message)
+    return TrainResult(
+        output, done.global_step, done.training_loss, rate, seconds, memory.peak_bytes, retries, plan_id, message
+    )
 
 
 @contextmanager
@@ -314,6 +326,8 @@ def _trainer(
         report_to=[],
         remove_unused_columns=False,
         dataloader_pin_memory=device.kind == "cuda",
+        # From pinned memory; the host then does not wait for the step before to copy a batch.
+        accelerator_config={"non_blocking": device.kind == "cuda"},
         disable_tqdm=not sys.stderr.isatty(),
         label_names=["labels"],
     )

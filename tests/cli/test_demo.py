@@ -23,6 +23,14 @@ QUICK = Pace(start=7.0, step=0.19, stock_step=0.22)
 """Two quiet cores."""
 
 
+def trained_in(config: Any, seconds: float, plan_id: str | None) -> TrainResult:
+    """What a training run of so many seconds returns."""
+    return TrainResult(
+        output=Path(config.output), steps=config.steps, loss=0.9, tokens_per_second=7000.0, seconds=seconds,
+        peak_bytes=2**30, allocator_retries=0, plan_id=plan_id, message="adapter saved",
+    )  # fmt: skip
+
+
 def test_a_quick_machine_gets_every_repetition_and_step() -> None:
     assert QUICK.affordable(3600, 200) == (ROUNDS, 200)
 
@@ -99,9 +107,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, make_plan: Callable[..., Plan]) -
         state["trained"].append(config)
         Path(config.output).mkdir()
         (Path(config.output) / "adapter_config.json").write_text("{}")
-        return TrainResult(
-            Path(config.output), config.steps, 0.9, 7000.0, 0.15 * config.steps, plan.id, "adapter saved"
-        )
+        return trained_in(config, 0.15 * config.steps, plan.id)
 
     def bench(
         scenario: Any, *, arms: tuple[str, ...], output: Path, on_progress: Callable[[Progress], None]
@@ -240,7 +246,7 @@ def test_the_pace_is_that_of_training_unless_something_disturbed_it(
 
     def train(config: Any) -> TrainResult:
         clock.now += 8 + trained * config.steps  # type: ignore[attr-defined]
-        return TrainResult(Path(config.output), config.steps, 0.9, 7000.0, trained * config.steps, None, "saved")
+        return trained_in(config, trained * config.steps, None)
 
     monkeypatch.setattr(demo, "train_quietly", train)
     plan = make_plan()

@@ -1,6 +1,7 @@
 """`fastft train`, for real, on the embedded model."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def test_without_a_plan_the_default_is_followed_and_the_command_to_tune_is_named
         "fastft tune tiny --sequence-tokens 64 --batch-size 2 --device cpu --rank 4"
     )
     (line,) = result.stdout.splitlines()
-    assert line.startswith("adapter saved to adapter: 2 steps, loss ")
+    assert re.fullmatch(r"adapter saved to adapter: 2 steps, loss [\d.]+, [\d,]+ tokens/s, peak [\d.]+ GiB", line)
     assert {path.name for path in work.iterdir()} == {"rows.jsonl", "adapter"}
 
     from peft import PeftConfig
@@ -52,6 +53,8 @@ def test_a_cached_plan_is_followed_and_named(
     assert (answer["plan_id"], answer["steps"], answer["output"]) == (plan.id, 2, "adapter")
     assert answer["loss"] > 0
     assert answer["tokens_per_second"] > 0
+    assert answer["peak_bytes"] > 2**20
+    assert answer["allocator_retries"] == 0
 
 
 def test_flags_win_over_the_file(cli: Cli, monkeypatch: pytest.MonkeyPatch, work: Path) -> None:

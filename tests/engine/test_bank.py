@@ -224,6 +224,32 @@ def test_gradients_are_back_after_the_step(patched):
     assert all(p.grad is before[name] for name, p in adapters_of(model).items())
 
 
+@pytest.mark.parametrize("step", [lambda o: o.step(None), lambda o: o.step(closure=None)], ids=["place", "name"])
+def test_no_closure_may_be_said(step, patched, monkeypatch):
+    """accelerate's optimizer, and so transformers' Trainer, always gives one, None."""
+    model, _, _ = patched
+    optimizer = OPTIMIZERS["8 bit"](list(adapters_of(model).values()))
+    alone = updates_alone(optimizer, monkeypatch)
+    step(optimizer)
+    assert alone == []
+
+
+def test_a_closure_is_called_and_updates_one_by_one(patched, monkeypatch):
+    model, _, _ = patched
+    parameters = adapters_of(model)
+    optimizer = OPTIMIZERS["8 bit"](list(parameters.values()))
+    alone = updates_alone(optimizer, monkeypatch)
+    assert optimizer.step(lambda: 3.0) == 3.0
+    assert len(alone) == len(parameters)
+
+
+def updates_alone(optimizer, monkeypatch):
+    """Grows by one where the optimizer's own loop updates a parameter."""
+    alone: list[str] = []
+    monkeypatch.setattr(optimizer, "update_step", counted(optimizer.update_step, alone))
+    return alone
+
+
 def test_an_optimizer_over_a_part_of_the_bank_updates_one_by_one(patched, monkeypatch):
     model, before, _ = patched
     some = dict(list(adapters_of(model).items())[:3])

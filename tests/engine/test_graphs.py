@@ -228,15 +228,34 @@ def test_packed_documents_share_a_recording_wherever_they_start(recorder, toy, b
     assert recorder.replayed == 2 * 3
 
 
-def test_packed_rows_are_not_filled_up(recorder, toy, batch_of, step, error_of):
-    """What stands behind a row's end would be in the next row's documents."""
+@pytest.mark.parametrize("name", ["toy-qwen2", "toy-mistral"])
+def test_packed_rows_of_nearly_one_length_share_a_recording(name, recorder, toy, batch_of, step, error_of):
+    """What fills a row up stands behind its last document, where no real token looks; with a window too."""
+    model = toy(name)
+    batches = [packed(batch_of("none", S=S, seed=S), S - 7, 7) for S in (24, 24, 24, 31, 64, 8, 40)]
+    stock = [step(model, batch) for batch in batches]
+    patch_model(model, backend="eager", graphs="on", strict=True)
+    for batch, (loss, gradients) in zip(batches, stock, strict=True):
+        fused_loss, fused = step(model, batch)
+        assert fused_loss == pytest.approx(loss, rel=1e-5)
+        assert error_of(fused, gradients) < 1e-5
+    assert recorder.recorded == 2
+    assert recorder.replayed == 2 * (len(batches) - WARM_RUNS)
+
+
+def test_rows_with_places_of_their_own_share_one_too(recorder, toy, batch_of, step, error_of):
+    """Every row has its own table of angles."""
     model = toy()
-    batches = [packed(batch_of("none", S=S, seed=S), S - 7, 7) for S in (24, 24, 24, 31, 31, 31)]
+    batches = [batch_of("none", S=S, seed=S) for S in (24, 24, 24, 31, 17)]
+    for batch in batches:
+        B, S = batch["input_ids"].shape
+        # They never restart, so they tell of no documents.
+        batch["position_ids"] = torch.arange(S).expand(B, S) + torch.arange(B)[:, None]
     stock = [step(model, batch)[1] for batch in batches]
-    patch_model(model, backend="eager", graphs="on")
+    patch_model(model, backend="eager", graphs="on", strict=True)
     for batch, gradients in zip(batches, stock, strict=True):
         assert error_of(step(model, batch)[1], gradients) < 1e-5
-    assert recorder.recorded == 2 * 2
+    assert recorder.replayed == 2 * (len(batches) - WARM_RUNS)
 
 
 def test_right_padding_is_recorded_too(recorder, toy, batch_of, step, error_of):
@@ -332,15 +351,15 @@ def test_captured_steps_train_as_plain_ones_do(backend, placement, toy, batch_of
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_captured_packed_steps_train_as_plain_ones_do(backend, toy, batch_of, step, error_of):
-    """Through flash, which gets empty documents and a longest one that none is as long as."""
-    cuts = [(32, 32), (5, 59), (1, 1, 62), (63, 1), (20, 20, 24), (64,)]
+    """Through flash, which gets empty documents, rows filled up, and a longest one that none is as long as."""
+    cuts = [(32, 32), (5, 59), (1, 1, 62), (63, 1), (20, 20, 24), (31, 30), (64,)]
     runs: list[Any] = []
     for mode in ("off", "on"):
         model = toy("toy-qwen2", base={"dtype": torch.bfloat16})
         patch_model(model, backend=backend, placement="mlp", graphs=mode, attention="flash")
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
         for seed, lengths in enumerate(cuts):
-            loss, gradients = step(model, packed(batch_of("none", B=2, S=64, seed=seed), *lengths))
+            loss, gradients = step(model, packed(batch_of("none", B=2, S=sum(lengths), seed=seed), *lengths))
             optimizer.step()
         runs.append((loss, gradients))
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-2)
