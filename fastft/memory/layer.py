@@ -136,10 +136,11 @@ def _moments(
         Moment(a * (attention + gates + f + copies + sliced + more), down),
         # The gradients of gate and up, of the MLP's input, and of x₂.
         Moment(a * (attention + gates + copies + (1 if tiled else 2) * D + more), gate),
-        # Attention's backward: the gradients of its output, of q, k and v, in fp32 of q, and of every head's k and v.
+        # Attention's backward: the gradients of x₂, of its output, of q, k and v, in fp32 of q, and of every head's k
+        # and v.  Gate and up, x₂ and the gradient that came in are gone.
         Moment(
             a * (attention + D + 2 * Q + 2 * K + (2 * Q if K < Q else 0) + more) + 4 * Q
-            - (a * (g * F + D) if policy in ("keep", "light") else a * D),
+            - a * (2 * D + (g * F if policy in ("keep", "light") else 0)),
             (0, 0),
         ),
     ]  # fmt: skip
