@@ -9,14 +9,16 @@
     runner.py       gates first, then repetitions interleaved over the arms; records on disk after each
     provenance.py   which commit and command made a record
 
-and, to judge the tuner (`python -m bench`):
+and, to judge the tuner and the measures against memory (`python -m bench`):
 
     grid.py         every configuration of a run
     rig.py          one loaded model on which one after another is measured
     trial_file.py   the file that the trials are appended to
     trials.py       a series of them in a worker, begun, gone on with, started again
+    turns.py        configurations measured again and again, there and back
     regret.py       tuned plans against the best of the grid, under memory caps
     repeats.py      the same run tuned several times
+    measures.py     each measure against memory, alone and all together
     __main__.py     the command line of these
 
 Nothing here is public API; `fastft bench`, `fastft demo` and `python -m bench` are the way in.

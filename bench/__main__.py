@@ -1,13 +1,14 @@
-"""`python -m bench`: how good is what the tuner chooses, and what does the real loop cost?
+"""`python -m bench`: how good is what the tuner chooses, what does memory cost, and what does the real loop cost?
 
     python -m bench regret qwen2-1.5b --seq-len 2048 --batch-size 8 --output runs/regret-qwen2-1.5b
 
     grid       every configuration of a run, measured
     regret     the grid, the tuned plans under some memory caps, and both measured against each other
     repeats    the same run tuned several times
+    measures   each measure against memory, alone and all together
     loop       `fastft train` against a plain loop on the same rows
 
-The first three go on where they were cut short, by --max-minutes or otherwise: the output folder is the memory.
+All but the last go on where they were cut short, by --max-minutes or otherwise: the output folder is the memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ import typer
 from autotune.ranking import NOISE
 from bench.grid import Axes, Grid, measure_grid
 from bench.loop import LOOP, TARGET, compare_loops
+from bench.measures import MEASURES_FILE, MeasureResult, Measures, compare_measures
 from bench.regret import (
     CAPS,
     REGRET,
@@ -71,7 +73,7 @@ StepsFlag = Annotated[int, typer.Option("--steps", min=3, help="Timed optimizer 
 
 @app.callback()
 def program() -> None:
-    """How good is what the tuner chooses, and what does the real loop cost?"""
+    """How good is what the tuner chooses, what does memory cost, and what does the real loop cost?"""
     set_up_logging()
 
 
@@ -181,6 +183,30 @@ def repeats(
         agreeing = f"{result.agreeing} of {len(result.repetitions)}"
         print_line(f"{agreeing} chose the same, ties within {100 * result.noise:.0f} % counted")
         print_line(f"kept in {output / REPEATS}")
+
+
+@app.command()
+@run_flags(*GRID_FLAGS)
+def measures(
+    model: ModelArgument,
+    output: FolderFlag,
+    max_minutes: MinutesFlag = None,
+    turns: Annotated[int, typer.Option(min=1, help="How often each measure is measured.")] = 3,
+    warmup_steps: WarmupFlag = 1,
+    steps: StepsFlag = 3,
+    **run: Any,
+) -> None:
+    """Measure what each measure against memory saves, and costs."""
+    with _reporting():
+        result = compare_measures(
+            RunConfig.load(model=model, **run), output, turns=turns,
+            steps=Steps(warmup=warmup_steps, timed=steps), deadline=Deadline.after(max_minutes), say=say,
+        )  # fmt: skip
+        if result is None:
+            _say_time_is_up("not all measures are measured")
+            return
+        _show_measures(result)
+        print_line(f"kept in {output / MEASURES_FILE}; `fastft report {output}` shows it")
 
 
 @app.command()
@@ -307,6 +333,23 @@ def _regret_row(one: CapResult) -> Sequence[str]:
         f"{peak}{', over the cap' if one.over_cap else ''}",
         share(one.regret), share(one.gain_over_default), share(one.gain_over_uniform),
     ]  # fmt: skip
+
+
+def _show_measures(result: Measures) -> None:
+    baseline, rows = result.results[0], []
+    for one in result.results:
+        outcome = [one.verdict.replace("_", " "), "none", "none", "none"]
+        if one.verdict == "ok":
+            saved = "none" if baseline.verdict != "ok" else gib((baseline.peak_bytes or 0) - (one.peak_bytes or 0))
+            outcome = [_rate(one.tokens_per_second), _times(one, baseline), gib(one.peak_bytes or 0), saved]
+        rows.append([one.name, *outcome, gib(one.predicted_peak_bytes), one.description])
+    print_table(["Measure", "Tokens/s", f"Over {baseline.name}", "Peak", "Saved", "Predicted", "What it does"], rows)
+
+
+def _times(one: MeasureResult, baseline: MeasureResult) -> str:
+    if baseline.verdict != "ok" or not one.tokens_per_second or not baseline.tokens_per_second:
+        return "none"
+    return f"{one.tokens_per_second / baseline.tokens_per_second:.3f}×"
 
 
 def _rate(value: float | None) -> str:

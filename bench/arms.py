@@ -2,18 +2,14 @@
 
 An arm is a backend and how its choices come about.  The stock arms are what a user of PEFT writes: the whole batch
 at once, or in the scenario's parts where it is too large, with or without gradient checkpointing.  The other arms
-follow the cached plan, else the default; `triton+default` never follows a plan, and `triton+MEASURE` is the default
-with one measure against memory, or with all.
+follow the cached plan, else the default; `eager+default` and `triton+default` never follow a plan.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastft.config import RunConfig
 from fastft.errors import BackendError, unknown_choice
-from fastft.hardware import Device
-from fastft.models.shapes import ModelShape
-from fastft.plan import POLICIES, Choices, Policy
+from fastft.plan import Choices, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,47 +20,8 @@ class Arm:
     description: str
     stock_placement: Policy | None = None
     """Of a stock arm: `light` is no checkpointing, `full` is PEFT's gradient checkpointing.  None follows the plan."""
-    measure: "Measure | None" = None
-    """What is done for memory instead of what the plan says."""
     follows_plan: bool = True
     """False is what the run does where nothing was tuned, under its memory cap too."""
-
-
-Measure = Callable[[Choices, ModelShape, RunConfig, Device], Choices]
-"""The default choices → those with the measure."""
-
-
-def _all_layers(policy: Policy) -> Measure:
-    return lambda choices, *_: choices.model_copy(update={"placement": [policy] * len(choices.placement)})
-
-
-def _set(**values: object) -> Measure:
-    return lambda choices, *_: choices.model_copy(update=values)
-
-
-def _smallest(choices: Choices, shape: ModelShape, config: RunConfig, device: Device) -> Choices:
-    from fastft.memory.fitting import smallest
-
-    return smallest(shape, choices, config, device=device)
-
-
-def _tiles(choices: Choices, *rest: object) -> Choices:
-    # Where gate and up are saved there is nothing to tile.
-    return choices.model_copy(update={"placement": ["mlp"] * len(choices.placement), "mlp_chunk_tokens": 2048})
-
-
-MEASURES: dict[str, tuple[str, Measure]] = {
-    **{policy: (f"every layer saves what `{policy}` does", _all_layers(policy)) for policy in POLICIES},
-    "mlp_tiles": ("`mlp`, and the MLP takes 2,048 tokens at a time", _tiles),
-    "small_loss": ("512 rows of logits at a time", _set(loss_chunk_tokens=512)),
-    "host_embedding": ("the input embedding in host memory", _set(host_embedding=True)),
-    "dense": (
-        "quantized weights dense as well",
-        lambda choices, shape, *_: choices.model_copy(update={"resident_layers": shape.layers}),
-    ),
-    "smallest": ("everything that is predicted to save memory", _smallest),
-}
-"""By name: what it does, and how."""
 
 
 ARMS: dict[str, Arm] = {
@@ -77,10 +34,6 @@ ARMS: dict[str, Arm] = {
     **{
         f"{backend}+default": Arm(backend=backend, description=f"{backend} without any plan", follows_plan=False)
         for backend in ("eager", "triton")
-    },
-    **{
-        f"triton+{name}": Arm(backend="triton", description=f"triton: {description}", measure=measure)
-        for name, (description, measure) in MEASURES.items()
     },
 }
 """Every arm by name; the baseline first."""
@@ -147,9 +100,6 @@ def choices_for(name: str, config: RunConfig, *, stock_micro_batch: int | None =
     from fastft.planning import model_shape, resolve, without_plan
 
     shape, device = model_shape(config), detect_device(config.device)
-    if arm.measure is not None:
-        free = config.model_copy(update={"memory_cap": None})
-        return arm.measure(without_plan(free, shape, device, name).choices, shape, free, device), None
     if not arm.follows_plan:
         return without_plan(config, shape, device, name).choices, None
     resolution = resolve(config, shape, device, PlanStore())

@@ -8,7 +8,6 @@ merely had luck in the grid has to have it again.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -18,6 +17,7 @@ from autotune.search import tune
 from bench.grid import Grid, describe, free, is_uniform, make_header
 from bench.trial_file import TrialFile
 from bench.trials import Deadline, Steps, measure_trials
+from bench.turns import speed_over_turns, still_to_measure
 from fastft.config import RunConfig
 from fastft.errors import FastftError, MeasureError
 from fastft.files import canonical_json, write_atomically
@@ -204,7 +204,7 @@ def compare(
     everything = list({c.model_dump_json(): c for contest in contests for c in contest.everything()}.values())
     file = TrialFile(folder / FINALISTS)
     header = file.begin(make_header(config, shape, device, {"steps": asdict(steps)}))
-    left = _still_to_measure(everything, turns, file.trials())
+    left = still_to_measure(everything, turns, file.trials())
     say(f"comparison: {len(everything)} configurations, {turns} times; {len(left)} measurements to go")
     if not measure_trials(
         config, left, file, steps=steps, deadline=deadline, on_trial=lambda trial: say(f"  {describe(trial)}")
@@ -243,30 +243,14 @@ def _contest(config: RunConfig, grid: Grid, cap_bytes: int, plan: Plan | FastftE
     )
 
 
-def _still_to_measure(everything: Sequence[Choices], turns: int, trials: Sequence[Trial]) -> list[Choices]:
-    """What is left of `turns` turns, there and back, after `trials`."""
-    done = [trial.choices.model_dump_json() for trial in trials]
-    left = []
-    for turn in range(turns):
-        for choices in everything if turn % 2 == 0 else reversed(everything):
-            name = choices.model_dump_json()
-            if name in done:
-                done.remove(name)
-            else:
-                left.append(choices)
-    return left
-
-
 def _summarize(choices: Choices, trials: Sequence[Trial], config: RunConfig) -> Measured:
     mine = [trial for trial in trials if trial.choices == choices]
     bad = [trial for trial in mine if trial.verdict != "ok"]
-    times = [time for trial in mine for time in trial.step_time_ms]
-    step_tokens = config.batch_size * config.sequence_tokens
     return Measured(
         choices=choices,
         summary=choices.summary(),
-        tokens_per_second=None if bad or not times else 1000.0 * step_tokens / median(times),
-        step_time_ms=times,
+        tokens_per_second=speed_over_turns(mine, config),
+        step_time_ms=[time for trial in mine for time in trial.step_time_ms],
         peak_bytes=max((trial.peak_bytes for trial in mine if trial.peak_bytes is not None), default=None),
         problem=f"{bad[0].verdict.replace('_', ' ')}: {bad[0].detail}" if bad else "",
     )

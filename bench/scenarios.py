@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from bench.arms import MEASURES, find_arm
+from bench.arms import find_arm
 from fastft.config import LoraConfig, RunConfig
 from fastft.errors import ConfigError, unknown_choice
 from fastft.plan import POLICIES
@@ -212,20 +212,6 @@ SCENARIOS: dict[str, Scenario] = {
         _speed(
             "llama-3-8b", "llama-3-8b", 16, 4, 2048,
             "Llama-3-8B's shape, 16 × 2,048 random tokens a step; stock in micro-batches of 4.",
-        ),
-        Scenario(
-            name="llama-3-8b-memory",
-            description="Llama-3-8B's shape in NF4, 4 × 2,048 random tokens: what each measure saves, and costs.  "
-            "Report it with --baseline triton+light.",
-            config=RunConfig(
-                model="llama-3-8b", quantization="nf4", batch_size=4, sequence_tokens=2048, optimizer="adamw_8bit"
-            ),
-            arms=tuple(f"triton+{measure}" for measure in MEASURES if measure != "keep"),
-            repetitions=1,
-            warmup_steps=2,
-            steps=4,
-            data="random",
-            gate=GateSize(layers=6, sequence_tokens=512),
         ),
         _tuned(
             "llama-3-8b-nf4", "Llama-3-8B's shape in NF4, 4 × 2,048 random tokens a step",

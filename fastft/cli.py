@@ -137,8 +137,8 @@ app.command(
         "fastft bench embedded",
         "fastft bench embedded-quick --arms peft,eager --output runs/mine",
         "fastft bench mine.toml --repetitions 6",
-        about="Scenarios: embedded, embedded-quick, llama-3-8b, llama-3-8b-memory, llama-3-8b-nf4, llama-3-8b-short, "
-        "llama-3-8b-long, qwen2-1.5b, qwen2-1.5b-small-batch",
+        about="Scenarios: embedded, embedded-quick, llama-3-8b, llama-3-8b-nf4, llama-3-8b-short, llama-3-8b-long, "
+        "qwen2-1.5b, qwen2-1.5b-small-batch",
     )
 )(bench)
 app.command(epilog=_examples("fastft report runs/mine", "fastft report runs/a runs/b --output page"))(report)

@@ -13,8 +13,12 @@ from reports.figures import scenario_figures
 from reports.html import render_html
 from reports.kernels import SHARE, kernel_files, kernel_table
 from reports.markdown import FIGURES, render_markdown
+from reports.measures import HOW_TO_READ as MEASURES_TERM
+from reports.measures import measures_files, measures_tables
 from reports.numbers import DASH, clean, plural
-from reports.regret import HOW_TO_READ, are_trials, regret_files, regret_tables, trial_files
+from reports.regret import HOW_TO_READ as REGRET_TERMS
+from reports.regret import regret_files, regret_tables
+from reports.results import are_trials, trial_files
 from reports.statistics import CONFIDENCE, MIN_PROCESSES, RESAMPLES
 from reports.tables import (
     Cell,
@@ -34,6 +38,9 @@ from reports.tables import (
     tuned_table,
 )
 
+_OWN_SLUGS = ("how-to-read", "sources", "plans", "memory-measures", "kernels")
+"""Anchors of the page that no scenario may take."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -43,7 +50,7 @@ class Report:
     markdown: Path
     figures: tuple[Path, ...]
     headline: str
-    """One sentence a scenario, joined by semicolons."""
+    """One sentence a scenario, joined by semicolons; without records, what the results are of."""
     comparisons: tuple[Comparison, ...]
 
 
@@ -60,7 +67,8 @@ def build_report(
 
     Args:
         inputs: JSONL files of records, or folders that hold some at any depth; a `kernels.json` beside them, the
-            micro-benchmarks of kernels, becomes a table, and so do a `regret.json` and a `repeats.json`.
+            micro-benchmarks of kernels, becomes a table, and so do a `regret.json`, a `repeats.json` and a
+            `measures.json`.  A folder that holds one of these needs no records.
         output: a new or empty folder.
         title: the page's title; the names of the scenarios by default.
         baseline: the arm that all others are compared with.
@@ -72,21 +80,34 @@ def build_report(
         ConfigError: several arms are there and none of them is the baseline.
         OutputError: `output` holds something, or cannot be written.
     """
-    sources = [(file, _read(file)) for file in _files(inputs)]
+    regrets, measures, kernels = regret_files(inputs), measures_files(inputs), kernel_files(inputs)
+    results = [*regrets, *measures, *kernels]
+    sources = [(file, _read(file)) for file in _files(inputs, results)]
     records = [record for _, found in sources for record in found]
-    kernels, regrets = kernel_files(inputs), regret_files(inputs)
     scenarios = compare(records, baseline=baseline, seed=seed)
     sections = _sections(scenarios, seed)
     against_default = tuned_table(scenarios, seed)
+    plan_tables = (*([against_default] if against_default is not None else []), *regret_tables(regrets))
+    measures_found, kernels_found = measures_tables(measures), kernel_table(kernels)
+    other_names = [
+        *(table.title for table in plan_tables),
+        *(f"Memory measures of {table.title}" for table in measures_found),
+        *([kernels_found.title] if kernels_found is not None else []),
+    ]
+    names = [scenario.name for scenario in scenarios] or other_names
     document = Document(
-        title=clean(title or f"Benchmark: {', '.join(scenario.name for scenario in scenarios)}", 160),
-        facts=_facts(records),
+        title=clean(title or f"Benchmark: {', '.join(names)}", 160),
+        facts=_facts(records) if records else plural(len(results), "result"),
         sections=sections,
-        plans=(*([against_default] if against_default is not None else []), *regret_tables(regrets)),
-        kernels=kernel_table(kernels),
-        how_to_read=(*_how_to_read(seed), *(HOW_TO_READ if regrets else []), *([SHARE] if kernels else [])),
-        sources=_sources_table(sources, [*regrets, *trial_files(inputs), *kernels]),
-    )
+        plans=plan_tables,
+        measures=measures_found,
+        kernels=kernels_found,
+        how_to_read=(
+            *(_how_to_read(seed) if records else []), *(REGRET_TERMS if regrets else []),
+            *([MEASURES_TERM] if measures else []), *([SHARE] if kernels else []),
+        ),
+        sources=_sources_table(sources, [*results, *trial_files(results)]),
+    )  # fmt: skip
     # Everything is rendered before anything is written: a failure up to here leaves the folder untouched.
     html, markdown = render_html(document), render_markdown(document)
 
@@ -103,13 +124,13 @@ def build_report(
         html=folder / "report.html",
         markdown=folder / "report.md",
         figures=tuple(path for path, _ in drawn),
-        headline="; ".join(f"{section.heading}: {section.summary}" for section in sections),
+        headline="; ".join([f"{section.heading}: {section.summary}" for section in sections] or other_names),
         comparisons=tuple(one for scenario in scenarios for one in scenario.comparisons),
     )
 
 
-def _files(inputs: Sequence[Path]) -> list[Path]:
-    """Every file of records once, in order."""
+def _files(inputs: Sequence[Path], results: Sequence[Path]) -> list[Path]:
+    """Every file of records once, in order; a folder with one of the results may have none."""
     if not inputs:
         raise DataError("no records were named", fix="name a .jsonl file or a folder of them")
     files: dict[Path, Path] = {}
@@ -117,7 +138,9 @@ def _files(inputs: Sequence[Path]) -> list[Path]:
         found = [path]
         if path.is_dir():
             found = [file for file in sorted(path.rglob("*.jsonl")) if not are_trials(file)]
-        for file in found or [path]:
+            if not found and not any(result.is_relative_to(path) for result in results):
+                found = [path]  # which is an error that says so
+        for file in found:
             files.setdefault(file.resolve(), file)
     return list(files.values())
 
@@ -133,9 +156,7 @@ def _read(file: Path) -> list[Record]:
 def _sections(scenarios: Sequence[Scenario], seed: int) -> tuple[Section, ...]:
     sections: list[Section] = []
     for scenario in scenarios:
-        name = slug(
-            scenario.name, taken=["how-to-read", "sources", "plans", "kernels", *(section.slug for section in sections)]
-        )
+        name = slug(scenario.name, taken=[*_OWN_SLUGS, *(section.slug for section in sections)])
         tables = [measured_table(scenario), quality_table(scenario), plan_table(scenario)]
         sections.append(
             Section(

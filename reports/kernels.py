@@ -7,6 +7,7 @@ from typing import Any
 
 from fastft.errors import DataError
 from reports.numbers import clean, number
+from reports.results import result_files
 from reports.tables import Cell, Table
 
 FILE = "kernels.json"
@@ -23,8 +24,7 @@ _FACTS: dict[str, Callable[[Any], Any]] = {
 
 def kernel_files(inputs: Sequence[Path]) -> list[Path]:
     """The benchmarks that lie beside the records, in order."""
-    folders = dict.fromkeys(path if path.is_dir() else path.parent for path in inputs)
-    return list(dict.fromkeys(file for folder in folders for file in sorted(folder.rglob(FILE))))
+    return result_files(inputs, FILE)
 
 
 def kernel_table(files: Sequence[Path]) -> Table | None:

@@ -1,17 +1,15 @@
 """How good the tuned plans are (`python -m bench regret`, `python -m bench repeats`) → tables."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fastft.errors import DataError
 from reports.numbers import NOTHING, clean, number, plural, points
+from reports.results import read_result, result_files, run_in_words
 from reports.tables import Cell, Table
 
 REGRET, REPEATS = "regret.json", "repeats.json"
-_TRIALS, _TUNER_CACHE = ("grid.jsonl", "finalists.jsonl"), "tuner-cache"
 
 MEDIAN_TARGET, WORST_TARGET = 0.02, 0.05
 """Of the regret, over all caps."""
@@ -41,23 +39,9 @@ HOW_TO_READ = (
 )
 
 
-def are_trials(file: Path) -> bool:
-    """Whether a JSONL file beside the records holds trials: those of a grid, or of the tuner's cache folder."""
-    return file.name in _TRIALS or _TUNER_CACHE in file.parts
-
-
 def regret_files(inputs: Sequence[Path]) -> list[Path]:
     """The results that lie beside the records, in order."""
-    folders = dict.fromkeys(path if path.is_dir() else path.parent for path in inputs)
-    return list(
-        dict.fromkeys(file for folder in folders for name in (REGRET, REPEATS) for file in sorted(folder.rglob(name)))
-    )
-
-
-def trial_files(inputs: Sequence[Path]) -> list[Path]:
-    """The trials that the results are derived from, in order."""
-    found = [file.with_name(name) for file in regret_files(inputs) if file.name == REGRET for name in _TRIALS]
-    return [file for file in found if file.is_file()]
+    return result_files(inputs, REGRET, REPEATS)
 
 
 def regret_tables(files: Sequence[Path]) -> tuple[Table, ...]:
@@ -66,8 +50,8 @@ def regret_tables(files: Sequence[Path]) -> tuple[Table, ...]:
     Raises:
         DataError: a file is no such result.
     """
-    regrets = [_read(file, "python -m bench regret", _regret_of) for file in files if file.name == REGRET]
-    repeats = [_read(file, "python -m bench repeats", _repeats_of) for file in files if file.name == REPEATS]
+    regrets = [read_result(file, "python -m bench regret", _regret_of) for file in files if file.name == REGRET]
+    repeats = [read_result(file, "python -m bench repeats", _repeats_of) for file in files if file.name == REPEATS]
     tables = []
     if regrets:
         columns = (
@@ -86,7 +70,7 @@ def regret_tables(files: Sequence[Path]) -> tuple[Table, ...]:
 
 def _regret_of(result: dict[str, Any]) -> dict[str, Any]:
     """The rows of one file, a row a cap, and the regrets as numbers (None where there is none)."""
-    run, grid = _run(result["config"]), _grid(result)
+    run, grid = run_in_words(result["config"]), _grid(result)
     return {
         "device": str(result["device"]["name"]),
         "rows": [_cap_row(run, grid, one) for one in result["caps"]],
@@ -179,7 +163,7 @@ def _repeats_of(result: dict[str, Any]) -> dict[str, Any]:
     note = f"{plural(ties, 'tie')} within {100 * float(result['noise']):.0f} %" if ties else ""
     text = "; ".join(f"{clean(one['summary'], 160)} ({one['verdict']})" for one in others)
     cap = result["config"]["memory_cap"]
-    run = f"{_run(result['config'])}{f', cap {clean(cap, 40)}' if cap else ''}"
+    run = f"{run_in_words(result['config'])}{f', cap {clean(cap, 40)}' if cap else ''}"
     return {
         "device": str(result["device"]["name"]),
         "row": (
@@ -191,22 +175,5 @@ def _repeats_of(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _run(config: dict[str, Any]) -> str:
-    """`qwen2-1.5b in nf4, 8 × 2,048 tokens`."""
-    quantization = "" if config["quantization"] == "none" else f" in {clean(config['quantization'], 20)}"
-    size = f"{int(config['batch_size']):,} × {int(config['sequence_tokens']):,} tokens"
-    return f"{clean(config['model'], 60)}{quantization}, {size}"
-
-
 def _devices(results: Sequence[dict[str, Any]]) -> str:
     return f" on {', '.join(dict.fromkeys(clean(found['device'], 60) for found in results))}"
-
-
-def _read(file: Path, command: str, read: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return read(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"cannot read {file}", got=f"{type(error).__name__}: {error}", allowed=f"what `{command}` writes",
-            fix="run it again, or take the file away",
-        ) from error  # fmt: skip

@@ -80,6 +80,8 @@ class Document:
     sections: tuple[Section, ...]
     plans: tuple[Table, ...]
     """What tuning gained, and how near its choice is to the best, where that was measured."""
+    measures: tuple[Table, ...]
+    """What each measure against memory saves and costs, a table a run, where that was measured."""
     kernels: Table | None
     """Micro-benchmarks of kernels, where there are some."""
     how_to_read: tuple[tuple[str, str], ...]

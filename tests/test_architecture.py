@@ -18,8 +18,8 @@ LAYERS = (
     ("cli",),
     ("commands", "demo"),  # the demo runs verbs, and is one
     ("doctor", "console"),
-    ("measure",),
     ("api", "training"),
+    ("measure",),
     ("engine", "planning"),
     ("plans",),
     ("backends", "adapters", "memory", "plan_store"),

@@ -12,7 +12,10 @@ from fastft.siblings import import_sibling
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUNS", help="Folders of `fastft bench`, or .jsonl files of records.")
+        list[Path],
+        typer.Argument(
+            metavar="RUNS", help="Folders of `fastft bench` or `python -m bench`, or .jsonl files of records."
+        ),
     ],
     output: OutputFlag = None,
     title: Annotated[str | None, typer.Option(help="The page's title; the scenarios' names by default.")] = None,

@@ -137,13 +137,6 @@ def test_a_plan_that_could_not_be_tuned_is_a_problem_and_no_number(tmp_path, mon
     assert "nothing trains" in found.problem
 
 
-def test_turns_go_there_and_back_and_on_after_an_interruption():
-    everything = [A, B, C]
-    assert module._still_to_measure(everything, 3, []) == [A, B, C, C, B, A, A, B, C]
-    done = [trial(what, 1, 1) for what in (A, B, C, C)]
-    assert module._still_to_measure(everything, 3, done) == [B, A, A, B, C]
-
-
 @pytest.fixture
 def tuned_files(tmp_path) -> list[Path]:
     """Plans under two caps, as files."""

@@ -23,7 +23,7 @@ def test_a_built_in_scenario_can_be_sent_to_a_worker_unchanged(name):
     assert scenario.name == name
     assert Scenario.model_validate_json(scenario.model_dump_json()) == scenario
     assert set(scenario.arms) <= set(ARMS)
-    assert scenario.arms[0] in ("peft", "triton+light", "triton+default"), "every ratio needs the baseline"
+    assert scenario.arms[0] in ("peft", "triton+default"), "every ratio needs the baseline"
     assert scenario.config.model == "tiny" or scenario.config.model in SHAPES
 
 

@@ -21,8 +21,8 @@ ROW = '{"instruction": "1 + 1", "output": "#### 2"}\n'
 GPT2 = json.dumps({"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "n_head": 2, "vocab_size": 32})
 SHAPES = ", ".join(sorted([*shapes.SHAPES, "tiny"]))
 SCENARIOS = (
-    "embedded, embedded-quick, llama-3-8b, llama-3-8b-long, llama-3-8b-memory, llama-3-8b-nf4, llama-3-8b-short, "
-    "qwen2-1.5b, qwen2-1.5b-small-batch"
+    "embedded, embedded-quick, llama-3-8b, llama-3-8b-long, llama-3-8b-nf4, llama-3-8b-short, qwen2-1.5b, "
+    "qwen2-1.5b-small-batch"
 )
 FORMATS = (
     '{"instruction": …, "input": … (optional), "output": …}, {"messages": [{"role": …, "content": …}]}, '
