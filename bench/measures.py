@@ -24,7 +24,7 @@ from fastft.memory.fitting import MLP_CHUNKS, SMALL_LOSS_CHUNK, host_limit, smal
 from fastft.memory.model import estimate_peak_bytes, memory_terms, records
 from fastft.models.shapes import ModelShape
 from fastft.plan import LOSS_CHUNK_TOKENS, Choices, Policy, Trial
-from fastft.planning import model_shape, without_plan
+from fastft.planning import default_choices, model_shape, resolve_backend
 
 TRIALS, MEASURES_FILE = "measures.jsonl", "measures.json"
 """What an output folder holds: the trials, and the result."""
@@ -141,7 +141,7 @@ def measures_of(config: RunConfig, shape: ModelShape, device: Device) -> dict[st
     `config` gives no backend, micro-batch, placement or cap: those are the default's.
     """
     config = free(config)
-    run = Run(config, shape, device, without_plan(config, shape, device, "measures").choices)
+    run = Run(config, shape, device, default_choices(config, shape, resolve_backend(config, device), device))
     found: dict[str, Choices] = {}
     for name, measure in MEASURES.items():
         if measure.possible(run):

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from fastft.backends import load_backend
-from fastft.config import RunConfig, parse_bytes
+from fastft.config import RunConfig
 from fastft.engine import optimizer_step
 from fastft.engine.patch import patch_model, unpatch_model
 from fastft.engine.state import Placed
 from fastft.errors import ConfigError, FastftError, ModelError, unknown_choice
 from fastft.hardware import Device, detect_device
-from fastft.memory.fitting import fit, smallest
+from fastft.memory.fitting import fit, room_under, smallest
 from fastft.memory.model import memory_terms
 from fastft.models.loading import DTYPES, QUANTIZATIONS, load_model, load_tokenizer, resolve_model, torch_dtype
 from fastft.models.shapes import ModelShape, shape_of
@@ -368,19 +368,13 @@ class _AutoPlacement:
     """Chooses what is given up for memory when the batch is known: the least extra work that fits the cap, or the
     device."""
 
-    # What is left to the allocator's rounding and to other users of the device.
-    HEADROOM = 0.92
-    # By how much a prediction may be under (docs/log.md, 2026-11-25).
-    EXACT = 0.988
-
     def __init__(
         self, model: nn.Module, config: RunConfig, shape: ModelShape, device: Device, backend: str, *, residents: bool
     ) -> None:
         self._model = weakref.ref(model)
         self._config, self._shape, self._device, self._backend = config, shape, device, backend
         self._residents = residents
-        cap = config.memory_cap
-        self._cap = int(parse_bytes(cap) * self.EXACT if cap is not None else device.memory_bytes * self.HEADROOM)
+        self._cap = room_under(config.memory_cap_bytes, device)
         self._now: Choices | None = None
         self._steps = optimizer_step.steps()
 

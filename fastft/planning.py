@@ -22,7 +22,7 @@ from fastft.config import LoraConfig, RunConfig
 from fastft.errors import BackendError, ConfigError, ModelError, OutputError, PlanError, unknown_choice
 from fastft.files import canonical_json, write_atomically
 from fastft.hardware import Device, kernels_sha256, resolve_dtype, soft_facts, software_versions
-from fastft.memory.fitting import fit, smallest
+from fastft.memory.fitting import fit, room_under, smallest
 from fastft.memory.model import estimate_peak_bytes, memory_terms, step_flops
 from fastft.models.shapes import SHAPES, SUPPORTED_FAMILIES, ModelShape
 from fastft.plan import Choices, Plan, PlanKey
@@ -31,8 +31,9 @@ from fastft.plans.shipped import ShippedPlans, choices_here
 from fastft.plans.verification import Verification, Verifications
 
 KEY_VERSIONS = ("torch", "triton", "cuda", "bitsandbytes")
-DEFAULT_MICRO_BATCH = {"cuda": 4, "cpu": 16}
-"""The default micro-batch is the largest divisor of the global batch up to this."""
+DEFAULT_MICRO_BATCH_TOKENS = {"cuda": 8192, "cpu": 4096}
+"""The default micro-batch is the largest divisor of the global batch whose full rows have up to so many tokens: with
+more a step is hardly faster."""
 _HALF_SPEED_TOKENS = 256
 """Assumed micro-batch at which a GPU runs at half its speed; only ranks untuned defaults under a cap."""
 
@@ -134,15 +135,15 @@ def resolve_backend(config: RunConfig, device: Device) -> str:
 
 
 def default_choices(config: RunConfig, shape: ModelShape, backend: str, device: Device | None = None) -> Choices:
-    """What a run does without a plan and without a cap.
+    """What a run does without a plan where memory does not matter.
 
     Args:
         backend: a resolved one, not `auto`.
         device: None stands for a GPU if `backend` is triton or `config.device` is cuda, else for a CPU.
     """
     on_gpu = device.kind == "cuda" if device is not None else backend == "triton" or config.device == "cuda"
-    limit = DEFAULT_MICRO_BATCH["cuda" if on_gpu else "cpu"]
-    micro_batch = config.micro_batch or max(d for d in divisors(config.batch_size) if d <= limit)
+    rows = max(1, DEFAULT_MICRO_BATCH_TOKENS["cuda" if on_gpu else "cpu"] // config.sequence_tokens)
+    micro_batch = config.micro_batch or max(d for d in divisors(config.batch_size) if d <= rows)
     return Choices(
         backend=backend,
         micro_batch=micro_batch,
@@ -204,31 +205,33 @@ def resolve(
 
 
 def without_plan(config: RunConfig, shape: ModelShape, device: Device, why: str, *, hint: str = "") -> Resolution:
-    """The default, or under a memory cap what the memory model thinks is fastest below it.
+    """The default, or what the memory model thinks is fastest under a memory cap, or on a device that is too small for
+    the default.
 
     Raises:
         PlanError: the model, its adapters and optimizer alone need more than the cap.
     """
     backend = resolve_backend(config, device)
     choices = default_choices(config, shape, backend, device)
-    cap = config.memory_cap_bytes
+    cap, room = config.memory_cap_bytes, room_under(config.memory_cap_bytes, device)
     warnings: tuple[str, ...] = ()
-    if cap is not None:
-        fitting = _fastest_under(cap, config, shape, device, choices)
-        one_row = _with_micro_batch(choices, config, config.micro_batch or 1)
+    if cap is not None or estimate_peak_bytes(shape, choices, config, device=device) > room:
+        limit = f"this device's {gib(device.memory_bytes)}" if cap is None or cap > device.memory_bytes else gib(cap)
+        fitting = _fastest_under(room, config, shape, device, choices)
         if fitting is None:
-            least = smallest(shape, one_row, config, device=device)
-            need = memory_terms(shape, least, config, device).model
-            if need > cap:
+            one_row = _with_micro_batch(choices, config, config.micro_batch or 1)
+            fitting = smallest(shape, one_row, config, device=device)
+            need = memory_terms(shape, fitting, config, device).model
+            if cap is not None and need > cap:
                 raise PlanError(
                     "memory_cap is below what the model itself needs", got=gib(cap),
                     allowed=f"about {gib(need)} and more",
                     fix="raise the cap, or quantize the base weights (quantization = \"nf4\")",
                 )  # fmt: skip
-            peak = estimate_peak_bytes(shape, least, config, device=device)
-            warnings = (f"the smallest choices are estimated at {gib(peak)}, above the cap of {gib(cap)}",)
-        choices = fitting or smallest(shape, one_row, config, device=device)
-        why += f"; estimated under {gib(cap)}"
+            peak = estimate_peak_bytes(shape, fitting, config, device=device)
+            warnings = (f"the smallest choices are estimated at {gib(peak)}; there are {limit}",)
+        choices = fitting
+        why += f"; estimated under {limit}"
     message = f"{why}: default {choices.summary()}" + (f"; {hint}" if hint else "")
     return Resolution(plan=None, choices=choices, message=message, warnings=warnings)
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -122,10 +123,16 @@ def test_explicit_triton_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "on_cpu", "on_gpu"), [(16, 16, 4), (32, 16, 4), (7, 7, 1), (6, 6, 3), (1, 1, 1), (34, 2, 2)]
-)
-def test_the_default_micro_batch_is_a_divisor(batch_size: int, on_cpu: int, on_gpu: int) -> None:
-    config = CONFIG.model_copy(update={"batch_size": batch_size})
+    ("batch_size", "tokens", "on_cpu", "on_gpu"),
+    [
+        (16, 2048, 2, 4), (16, 256, 16, 16), (64, 256, 16, 32), (7, 2048, 1, 1), (6, 2048, 2, 3), (1, 16, 1, 1),
+        (34, 2048, 2, 2), (16, 32768, 1, 1), (4, 8192, 1, 1),
+    ],
+)  # fmt: skip
+def test_the_default_micro_batch_is_a_divisor_with_so_many_tokens(
+    batch_size: int, tokens: int, on_cpu: int, on_gpu: int
+) -> None:
+    config = CONFIG.model_copy(update={"batch_size": batch_size, "sequence_tokens": tokens})
     for device, expected in ((CPU, on_cpu), (GPU, on_gpu)):
         choices = default_choices(config, SHAPE, "eager", device)
         assert choices.micro_batch == expected
@@ -137,7 +144,35 @@ def test_the_default_follows_what_the_run_sets() -> None:
     config = CONFIG.model_copy(update={"micro_batch": 2, "placement": "mlp"})
     choices = default_choices(config, SHAPE, "peft", CPU)
     assert (choices.micro_batch, choices.accumulation, choices.placement) == (2, 8, ["mlp"] * 3)
-    assert default_choices(CONFIG, SHAPE, "triton").micro_batch == 4
+    assert default_choices(CONFIG.model_copy(update={"sequence_tokens": 2048}), SHAPE, "triton").micro_batch == 4
+
+
+@pytest.mark.parametrize(("memory", "cap"), [(24, None), (24, "40GiB"), (16, None), (80, "20GiB")])
+def test_a_default_that_a_gpu_does_not_hold_gives_something_up(store: PlanStore, memory: int, cap: str | None) -> None:
+    shape, small = SHAPES["llama-3-8b"], replace(GPU, memory_bytes=memory * 2**30)
+    config = RunConfig(
+        model="llama-3-8b", quantization="nf4", sequence_tokens=2048, batch_size=4, optimizer="adamw_8bit",
+        memory_cap=cap,
+    )  # fmt: skip
+    found = resolve(config, shape, small, store)
+    room, words = (20, "20.00 GiB") if cap == "20GiB" else (memory, f"this device's {memory}.00 GiB")
+    assert room * 2**29 < estimate_peak_bytes(shape, found.choices, config, device=small) < room * 2**30
+    assert found.choices != default_choices(config, shape, "triton", small)
+    assert f"; estimated under {words}" in found.message
+    assert found.warnings == ()
+
+
+def test_a_default_that_fits_spends_no_more(store: PlanStore) -> None:
+    """Memory that nobody needs is left: dense copies are a plan's to choose."""
+    shape, config = SHAPES["llama-3-8b"], RunConfig(model="llama-3-8b", quantization="nf4", sequence_tokens=2048)
+    assert resolve(config, shape, GPU, store).choices == default_choices(config, shape, "triton", GPU)
+
+
+def test_a_gpu_that_is_too_small_for_everything_is_told(store: PlanStore) -> None:
+    shape, small = SHAPES["llama-3-8b"], replace(GPU, memory_bytes=8 * 2**30)
+    found = resolve(RunConfig(model="llama-3-8b", sequence_tokens=2048), shape, small, store)
+    assert (found.choices.micro_batch, set(found.choices.placement)) == (1, {"offload"})
+    assert "there are this device's 8.00 GiB" in found.warnings[0]
 
 
 # Resolving
@@ -346,7 +381,7 @@ def test_a_cap_that_only_just_holds_the_model_warns(store: PlanStore) -> None:
     config = RunConfig(model="llama-3-8b", quantization="nf4", sequence_tokens=4096, memory_cap="5GiB")
     found = resolve(config, SHAPES["llama-3-8b"], GPU, store)
     assert (found.choices.micro_batch, set(found.choices.placement)) == (1, {"offload"})
-    assert "above the cap of 5.00 GiB" in found.warnings[0]
+    assert found.warnings == ("the smallest choices are estimated at 5.63 GiB; there are 5.00 GiB",)
 
 
 # Shapes, commands, words

@@ -34,6 +34,10 @@ SMALL_LOSS_CHUNK = 512
 """Rows of logits at a time where the default's would not fit: a vocabulary of 128k takes 0.4 GiB then, not 1.5."""
 MLP_CHUNKS = (8192, 2048)
 """Tokens of an MLP at a time that are tried where the whole does not fit: products of so many rows still fill a GPU."""
+DEVICE_SHARE = 0.92
+"""Of a device's memory: what is left is for the allocator's rounding and for other users of the device."""
+EXACT = 0.988
+"""By how much a prediction may be under (docs/log.md, 2026-11-25)."""
 HOST_SHARE = 0.75
 """Of the host's memory, at most so much is page-locked: the rest of the machine lives there too."""
 _FLOPS_A_MOVED_BYTE = 12_000
@@ -129,6 +133,12 @@ def best_placement_under(
                 if terms.peak_of_runs(runs) <= cap_bytes and terms.host(runs) <= host_limit(device):
                     best = (price, moved, runs)
     return None if best is None else [policy for policy, count in best[2] for _ in range(count)]
+
+
+def room_under(cap_bytes: int | None, device: Device) -> int:
+    """What a prediction may come to, in bytes, so that the run stays under the cap and on the device."""
+    of_device = device.memory_bytes * DEVICE_SHARE
+    return int(of_device if cap_bytes is None else min(cap_bytes * EXACT, of_device))
 
 
 def host_limit(device: Device | None) -> float:

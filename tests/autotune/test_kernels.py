@@ -33,7 +33,7 @@ GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
 CONFIG = RunConfig(model="llama-3.2-1b", sequence_tokens=1024)
 SHAPE = SHAPES["llama-3.2-1b"]
 KEY = plan_key(CONFIG, SHAPE, GPU)
-BUCKETS = step_buckets(SHAPE, CONFIG, GPU, 4, 2048)
+BUCKETS = step_buckets(SHAPE, CONFIG, GPU, 8, 2048)
 
 
 class FakeWorker:
@@ -75,9 +75,9 @@ def seconds_of(buckets: list[Bucket]) -> dict[str, list[int]]:
 
 def test_the_buckets_of_a_llama() -> None:
     assert [bucket.name for bucket in BUCKETS] == [
-        "rotate/32x8x64x0/16bit/4096", "rotate/32x8x64x16/16bit/4096", "narrow_gradients/2048x512x512x16/16bit/4096",
-        "narrow_gradients/2048x0x0x16/16bit/4096", "activate/2x8192x16/16bit/4096",
-        "activate_backward/2x8192x16/16bit/4096", "add/2048x16/16bit/4096", "cross_entropy/128256/16bit/2048",
+        "rotate/32x8x64x0/16bit/8192", "rotate/32x8x64x16/16bit/8192", "narrow_gradients/2048x512x512x16/16bit/8192",
+        "narrow_gradients/2048x0x0x16/16bit/8192", "activate/2x8192x16/16bit/8192",
+        "activate_backward/2x8192x16/16bit/8192", "add/2048x16/16bit/8192", "cross_entropy/128256/16bit/2048",
     ]  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def test_the_fastest_are_chosen_and_kept(store: KernelStore) -> None:
 def test_another_model_with_the_same_shapes_measures_only_what_is_new(tmp_path: Path, store: KernelStore) -> None:
     search(store, FakeWorker())
     shape, config = SHAPES["smollm2-1.7b"], CONFIG.model_copy(update={"model": "smollm2-1.7b"})
-    theirs, worker = step_buckets(shape, config, GPU, 4, 2048), FakeWorker()
+    theirs, worker = step_buckets(shape, config, GPU, 8, 2048), FakeWorker()
     trials = search(KernelStore(tmp_path, plan_key(config, shape, GPU)), worker, theirs)
     [request] = worker.requests
     new = [bucket for bucket in theirs if bucket not in BUCKETS]

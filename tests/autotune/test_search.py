@@ -236,7 +236,7 @@ def test_larger_ones_are_not_probed_after_a_lack_of_memory(store: PlanStore) -> 
     run(store, gpu, device=small)
     light = [c.micro_batch for c in gpu.probed() if c.backend == "triton" and uniform_policy(c) == "light"]
     failed = [size for size in light if 3 * GIB + size * 16 * 60 * 2**20 > 5 * GIB]
-    assert len(set(failed)) == 1
+    assert failed == sorted(set(failed), reverse=True) != []
 
 
 def test_nothing_feasible_names_the_smallest_peak_and_the_cap(store: PlanStore) -> None:
