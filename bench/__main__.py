@@ -206,6 +206,8 @@ def measures(
             _say_time_is_up("not all measures are measured")
             return
         _show_measures(result)
+        if not result.complete:
+            _say_time_is_up("some measures had fewer turns")
         print_line(f"kept in {output / MEASURES_FILE}; `fastft report {output}` shows it")
 
 

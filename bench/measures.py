@@ -197,9 +197,14 @@ class Measures(_Frozen):
     command: str
     started_at: str
     turns: int
-    """How often each was measured."""
+    """How often each was to be measured; where the time was up before, some were measured less often."""
     results: list[MeasureResult] = Field(min_length=1)
     """The first is the baseline."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every measure had all its turns."""
+        return all(one.verdict != "ok" or len(one.turn_tokens_per_second) == self.turns for one in self.results)
 
 
 def compare_measures(
@@ -215,7 +220,8 @@ def compare_measures(
         say: called with one line of text a measurement.
 
     Returns:
-        What was written; None where the time was up before (calling again goes on from there).
+        What was written; None where the time was up before every measure had one turn.  Calling again goes on from
+        there.
 
     Raises:
         ConfigError: the file is of another run, or of other steps.
@@ -237,9 +243,10 @@ def compare_measures(
         done += 1
         say(f"[{done}/{total}] {names[trial.choices.model_dump_json()]}: {describe(trial)}")
 
-    if not measure_trials(config, missing, file, steps=steps, deadline=deadline, on_trial=show):
-        return None
+    measure_trials(config, missing, file, steps=steps, deadline=deadline, on_trial=show)
     trials = file.trials()
+    if not names.keys() <= {trial.choices.model_dump_json() for trial in trials}:
+        return None
     result = Measures(
         config=config, device=asdict(device), versions=software_versions(), git_commit=header.git_commit,
         command=header.command, started_at=header.started_at, turns=turns,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-TOKENS, RANK = 8192, 16
+TOKENS, RANK = 16384, 16
 
 pytestmark = pytest.mark.gpu
 

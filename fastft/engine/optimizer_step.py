@@ -43,7 +43,8 @@ class _Span:
 class _Flat:
     """One optimizer's states over one bank."""
 
-    bank: AdapterBank
+    bank: weakref.ref[AdapterBank]
+    """Patched anew, a model has another one, beside which this one's buffers shall not live until the next step."""
     spans: list[_Span]
 
 
@@ -111,7 +112,7 @@ def _update(
     import bitsandbytes.functional as library
 
     flat = _flat.get(optimizer)
-    if flat is None or flat.bank is not bank or not _current(optimizer, flat):
+    if flat is None or flat.bank() is not bank or not _current(optimizer, flat):
         flat = _adopt(optimizer, group, group_index, bank)
         if flat is None:
             return
@@ -171,7 +172,7 @@ def _adopt(optimizer: Any, group: dict[str, Any], group_index: int, bank: Adapte
             return None
         joined = _joined(states, [offset_of[id(p)] - start for p in run], end - start)
         spans.append(_Span(run, start, end, joined, [state["state1"].data_ptr() for state in states]))
-    return _Flat(bank, spans)
+    return _Flat(weakref.ref(bank), spans)
 
 
 def _runs(optimizer: Any, bank: AdapterBank) -> list[tuple[_Parameters, int, int]]:

@@ -153,13 +153,19 @@ def test_a_real_comparison_is_measured_once_and_gone_on_with(tmp_path):
         measure(tmp_path, said, config=TOY.model_copy(update={"batch_size": 4}))
     assert (tmp_path / TRIALS).read_bytes() == content
 
-    # As after a time limit: the last two are missing.
-    (tmp_path / TRIALS).write_bytes(b"\n".join(content.split(b"\n")[:5]) + b"\n")
-    (tmp_path / MEASURES_FILE).unlink()
-    assert measure(tmp_path, said, deadline=time.monotonic()) is None
-    assert not (tmp_path / MEASURES_FILE).exists(), "nothing is concluded from a part"
+    # As after a time limit: the first two had one turn, or the third had none.
+    for lines, turns in ((5, [1, 1, 2]), (3, None)):
+        part = b"\n".join(content.split(b"\n")[:lines]) + b"\n"
+        (tmp_path / TRIALS).write_bytes(part)
+        (tmp_path / MEASURES_FILE).unlink(missing_ok=True)
+        cut = measure(tmp_path, said, deadline=time.monotonic())
+        assert (cut and [len(one.turn_tokens_per_second) for one in cut.results]) == turns
+        assert (cut is not None) == (tmp_path / MEASURES_FILE).exists()
+        assert cut is None or not cut.complete
+    (tmp_path / TRIALS).write_bytes(part := b"\n".join(content.split(b"\n")[:5]) + b"\n")
     again = measure(tmp_path, said)
-    assert (tmp_path / TRIALS).read_bytes().startswith(b"\n".join(content.split(b"\n")[:5]) + b"\n")
+    assert again.complete
+    assert (tmp_path / TRIALS).read_bytes().startswith(part)
     assert len(TrialFile(tmp_path / TRIALS).trials()) == 6, "what is there is not measured again"
     assert again.results[2] == result.results[2]
 

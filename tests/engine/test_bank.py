@@ -1,6 +1,7 @@
 """One buffer for all adapters: storage, gradients, and the optimizer's update, against parameters on their own."""
 
 import copy
+import gc
 from typing import Any
 
 import peft
@@ -222,6 +223,18 @@ def test_gradients_are_back_after_the_step(patched):
     before = {name: p.grad for name, p in adapters_of(model).items()}
     optimizer.step()
     assert all(p.grad is before[name] for name, p in adapters_of(model).items())
+
+
+def test_an_optimizer_keeps_no_bank_alive(patched, batch_of):
+    """A model patched anew, for another placement say, has two copies of its adapters otherwise."""
+    model, _, _ = patched
+    optimizer = OPTIMIZERS["8 bit"](list(adapters_of(model).values()))
+    train(model, optimizer, [batch_of("none")])
+    parameter = next(iter(adapters_of(model).values()))
+    assert bank_of(parameter) is not None
+    unpatch_model(model)
+    gc.collect()
+    assert bank_of(parameter) is None
 
 
 @pytest.mark.parametrize("step", [lambda o: o.step(None), lambda o: o.step(closure=None)], ids=["place", "name"])
