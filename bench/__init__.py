@@ -15,6 +15,7 @@ and, to judge the tuner and the measures against memory (`python -m bench`):
     rig.py          one loaded model on which one after another is measured
     trial_file.py   the file that the trials are appended to
     trials.py       a series of them in a worker, begun, gone on with, started again
+    results.py      what such a series came to, as one file
     turns.py        configurations measured again and again, there and back
     regret.py       tuned plans against the best of the grid, under memory caps
     repeats.py      the same run tuned several times

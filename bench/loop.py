@@ -17,11 +17,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from bench.provenance import provenance
+from bench.results import Result, facts
 from fastft.config import RunConfig
 from fastft.errors import ConfigError
-from fastft.files import canonical_json, new_folder, write_atomically
-from fastft.hardware import detect_device, software_versions
+from fastft.files import new_folder
+from fastft.hardware import detect_device
 
 LOOP = "loop.json"
 LOOP_SCHEMA = 1
@@ -47,19 +47,12 @@ class Timed(BaseModel):
         return self.tokens / self.seconds
 
 
-class Loops(BaseModel):
+class Loops(Result):
     """`loop.json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     loop: int = LOOP_SCHEMA
-    config: RunConfig
     plan_id: str | None
     choices: str
-    device: str
-    versions: dict[str, str]
-    git_commit: str | None
-    command: str
     plain: Timed
     trained: Timed
 
@@ -89,13 +82,11 @@ def compare_loops(config: RunConfig, folder: Path, *, warmup: int, say: Callable
     say(f"plain loop: {plain.tokens_per_second:,.0f} tokens/s, median step {median(plain.step_ms):.1f} ms")
     trained = _real(config.model_copy(update={"output": str(folder / "adapter")}), warmup)
     say(f"fastft train: {trained.tokens_per_second:,.0f} tokens/s, median step {median(trained.step_ms):.1f} ms")
-    made = provenance()
     result = Loops(
-        config=config, plan_id=None if resolution.plan is None else resolution.plan.id,
-        choices=resolution.choices.summary(), device=device.name, versions=software_versions(),
-        git_commit=made.git_commit, command=made.command, plain=plain, trained=trained,
+        **facts(config, device), plan_id=None if resolution.plan is None else resolution.plan.id,
+        choices=resolution.choices.summary(), plain=plain, trained=trained,
     )  # fmt: skip
-    write_atomically(folder / LOOP, canonical_json(result.model_dump(mode="json")) + "\n")
+    result.write(folder / LOOP)
     return result
 
 

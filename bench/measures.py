@@ -14,12 +14,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from bench.grid import describe, free, make_header
+from bench.results import Result, facts
 from bench.trial_file import TrialFile
 from bench.trials import Deadline, Steps, measure_trials
 from bench.turns import speed_over_turns, still_to_measure
 from fastft.config import RunConfig
-from fastft.files import canonical_json, write_atomically
-from fastft.hardware import Device, detect_device, software_versions
+from fastft.hardware import Device, detect_device
 from fastft.memory.fitting import MLP_CHUNKS, SMALL_LOSS_CHUNK, host_limit, smallest
 from fastft.memory.model import estimate_peak_bytes, memory_terms, records
 from fastft.models.shapes import ModelShape
@@ -186,16 +186,10 @@ class MeasureResult(_Frozen):
     """What the memory model says, which knows nothing of the measurement."""
 
 
-class Measures(_Frozen):
+class Measures(Result):
     """`measures.json`."""
 
     measures: int = MEASURES_SCHEMA
-    config: RunConfig
-    device: dict[str, Any]
-    versions: dict[str, str]
-    git_commit: str | None
-    command: str
-    started_at: str
     turns: int
     """How often each was to be measured; where the time was up before, some were measured less often."""
     results: list[MeasureResult] = Field(min_length=1)
@@ -248,8 +242,7 @@ def compare_measures(
     if not names.keys() <= {trial.choices.model_dump_json() for trial in trials}:
         return None
     result = Measures(
-        config=config, device=asdict(device), versions=software_versions(), git_commit=header.git_commit,
-        command=header.command, started_at=header.started_at, turns=turns,
+        **facts(config, device, header), turns=turns,
         results=[
             _result(
                 name, [trial for trial in trials if trial.choices == choices], turns, config,
@@ -258,7 +251,7 @@ def compare_measures(
             for name, choices in wanted.items()
         ],
     )  # fmt: skip
-    write_atomically(folder / MEASURES_FILE, canonical_json(result.model_dump(mode="json")) + "\n")
+    result.write(folder / MEASURES_FILE)
     return result
 
 

@@ -15,13 +15,13 @@ from pydantic import BaseModel, ConfigDict
 from autotune.ranking import NOISE
 from autotune.search import tune
 from bench.grid import Grid, describe, free, is_uniform, make_header
+from bench.results import Result, facts
 from bench.trial_file import TrialFile
 from bench.trials import Deadline, Steps, measure_trials
 from bench.turns import speed_over_turns, still_to_measure
 from fastft.config import RunConfig
 from fastft.errors import FastftError, MeasureError
-from fastft.files import canonical_json, write_atomically
-from fastft.hardware import detect_device, software_versions
+from fastft.hardware import detect_device
 from fastft.plan import Choices, Plan, Trial
 from fastft.plan_store import PlanStore
 from fastft.planning import gib, model_shape, plan_key, without_plan
@@ -76,16 +76,10 @@ class CapResult(_Frozen):
     problem: str = ""
 
 
-class Regret(_Frozen):
+class Regret(Result):
     """`regret.json`."""
 
     regret: int = REGRET_SCHEMA
-    config: RunConfig
-    device: dict[str, Any]
-    versions: dict[str, str]
-    git_commit: str | None
-    command: str
-    started_at: str
     grid_trials: int
     grid_total: int
     smallest_peak_bytes: int
@@ -213,12 +207,11 @@ def compare(
     found = {c.model_dump_json(): _summarize(c, file.trials(), config) for c in everything}
     smallest, free_peak = peaks_between(grid.trials, NOISE[device.kind])
     result = Regret(
-        config=config, device=asdict(device), versions=software_versions(), git_commit=header.git_commit,
-        command=header.command, started_at=header.started_at, grid_trials=len(grid.trials), grid_total=grid.total,
+        **facts(config, device, header), grid_trials=len(grid.trials), grid_total=grid.total,
         smallest_peak_bytes=smallest, free_peak_bytes=free_peak, turns=turns,
         caps=[_result(contest, lambda choices: found[choices.model_dump_json()]) for contest in contests],
     )  # fmt: skip
-    write_atomically(folder / REGRET, canonical_json(result.model_dump(mode="json")) + "\n")
+    result.write(folder / REGRET)
     return result
 
 

@@ -6,21 +6,20 @@ reckons with: between equals it may choose either.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from autotune.ranking import NOISE, Standings
 from autotune.search import tune
-from bench.provenance import provenance
 from bench.regret import STORE
+from bench.results import Result, facts
 from bench.trials import Deadline
 from fastft.config import RunConfig
 from fastft.errors import PlanError
 from fastft.files import canonical_json, write_atomically
-from fastft.hardware import detect_device, software_versions
+from fastft.hardware import Device, detect_device
 from fastft.plan import Choices, Plan
 from fastft.plan_store import PlanStore, read_plan
 from fastft.planning import model_shape, plan_key
@@ -46,15 +45,10 @@ class Repetition(_Frozen):
     verdict: Literal["same", "tie", "other"]
 
 
-class Repeats(_Frozen):
+class Repeats(Result):
     """`repeats.json`."""
 
     repeats: int = REPEATS_SCHEMA
-    config: RunConfig
-    device: dict[str, Any]
-    versions: dict[str, str]
-    git_commit: str | None
-    command: str
     noise: float
     """Speeds closer than this fraction are equal."""
     usual: str
@@ -94,20 +88,22 @@ def repeat_tuning(
         plans.append(plan)
         speed = plan.evidence.best_tokens_per_second or 0.0
         say(f"tuning {number} of {times}: {plan.choices.summary()}, {speed:,.0f} tokens/s")
-    result = judge_repeats(config, plans, noise=NOISE[device.kind], device=asdict(device))
-    write_atomically(folder / REPEATS, canonical_json(result.model_dump(mode="json")) + "\n")
+    result = judge_repeats(config, plans, device)
+    result.write(folder / REPEATS)
     return result
 
 
-def judge_repeats(config: RunConfig, plans: Sequence[Plan], *, noise: float, device: dict[str, Any]) -> Repeats:
+def judge_repeats(config: RunConfig, plans: Sequence[Plan], device: Device) -> Repeats:
     """Which of `plans`, at least one, made the usual choice, or one as good."""
+    noise = NOISE[device.kind]
     names = [canonical_json(plan.choices.model_dump()) for plan in plans]
     usual = plans[names.index(Counter(names).most_common(1)[0][0])]
-    made = provenance()
     return Repeats(
-        config=config, device=device, versions=software_versions(), git_commit=made.git_commit, command=made.command,
-        noise=noise, usual=usual.choices.summary(), repetitions=[_judge(plan, usual, noise) for plan in plans],
-    )  # fmt: skip
+        **facts(config, device),
+        noise=noise,
+        usual=usual.choices.summary(),
+        repetitions=[_judge(plan, usual, noise) for plan in plans],
+    )
 
 
 def _judge(plan: Plan, usual: Plan, noise: float) -> Repetition:

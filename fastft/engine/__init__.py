@@ -22,6 +22,7 @@ Any other model, and a layer that cannot run as a whole, runs part by part:
 Both:
 
     patch.py     puts the engine into a Hugging Face model, and takes it out again
+    walks.py     what a training loop asks a patched model at every step, without a walk through its modules
     state.py     what patched modules know;  aside.py  what the host asks the device while it works
     streams.py   streams beside the one that computes
     support.py   why a module cannot run fused;  ledger.py  which path each module runs

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fastft.backends import Backend, load_backend
+from fastft.engine import walks
 from fastft.engine.forwards import backbone_forward, layer_forward
 from fastft.engine.generic import (
     Part,
@@ -127,6 +128,7 @@ def patch_model(
         chosen = [name for name, was in asked.items() if was]
         ledger = _patch_parts_only(causal_lm, unspecified, chosen, ops, loss_chunk_tokens, strict=strict)
         use_launches(launches)
+        walks.install(model)
         return ledger
     if host_embedding and (reason := why_not_on_host(causal_lm)) is not None:
         raise ConfigError(
@@ -186,6 +188,7 @@ def patch_model(
     _install_parts(parts)
     causal_lm.gradient_checkpointing_enable = MethodType(_gradient_checkpointing_enable, causal_lm)
     causal_lm.gradient_checkpointing_disable = MethodType(_gradient_checkpointing_disable, causal_lm)
+    walks.install(model)
     return ledger
 
 
@@ -238,6 +241,8 @@ def _install_parts(parts: Sequence[Part]) -> None:
 def unpatch_model(model: nn.Module) -> None:
     """Put every original `forward` back; nothing happens to a model that is not patched."""
     causal_lm = base_model(model)
+    for one in (model, causal_lm):
+        walks.uninstall(one)
     if STATE not in causal_lm.__dict__:
         return
     for module in causal_lm.modules():

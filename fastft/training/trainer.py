@@ -8,8 +8,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,8 +146,7 @@ def _train(
     peak.start()
     started = time.perf_counter()
     try:
-        with _quick_modes(session.model, session.parameters):
-            done = trainer.train(resume_from_checkpoint=True if config.resume else None)
+        done = trainer.train(resume_from_checkpoint=True if config.resume else None)
     except torch.OutOfMemoryError:
         if first_steps is not None:
             first_steps.out_of_memory()
@@ -167,31 +165,6 @@ def _train(
     return TrainResult(
         output, done.global_step, done.training_loss, rate, seconds, memory.peak_bytes, retries, plan_id, message
     )
-
-
-@contextmanager
-def _quick_modes(model: Any, parameters: Sequence[Any]) -> Iterator[None]:
-    """The model's `train` and `zero_grad`, which the loop calls at every step, without a walk through all its modules.
-
-    A model in training mode is left as it is, and only what is trained has gradients.
-    """
-    of_modules = model.train
-
-    def train(mode: bool = True) -> Any:
-        return model if mode and model.training else of_modules(mode)
-
-    def zero_grad(set_to_none: bool = True) -> None:
-        for parameter in parameters:
-            if set_to_none or parameter.grad is None:
-                parameter.grad = None
-            else:
-                parameter.grad.zero_()
-
-    model.train, model.zero_grad = train, zero_grad
-    try:
-        yield
-    finally:
-        del model.train, model.zero_grad
 
 
 def _first_steps(resolution: Resolution, device: Device, tell: Callable[[str], None]) -> Any:
@@ -281,8 +254,6 @@ def _trainer(
 
     from fastft.engine.clipping import clip_gradients_
 
-    parameters = session.model.num_parameters(exclude_embeddings=True)
-
     class Count(transformers.TrainerCallback):
         def on_substep_end(self, *_: Any, **__: Any) -> None:
             counter.trained += 1
@@ -290,11 +261,7 @@ def _trainer(
         on_step_end = on_substep_end  # a step's last micro-batch
 
     class Loop(transformers.Trainer):
-        """Spares the host what it would ask of a thousand modules at every step, longer than a small one takes."""
-
-        def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-            count: int = 6 * inputs["input_ids"].numel() * parameters
-            return count
+        """Clips all gradients at once."""
 
         def _clip_grad_norm(self, model: Any) -> torch.Tensor:
             self.accelerator.unscale_gradients()

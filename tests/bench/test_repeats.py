@@ -8,10 +8,11 @@ from bench import repeats as module
 from bench.repeats import REPEATS, judge_repeats, repeat_tuning
 from bench.trials import Deadline
 from fastft.config import RunConfig
-from fastft.hardware import detect_device
+from fastft.hardware import Device, detect_device
 from fastft.plan import Choices, Evidence, Plan, Trial
 from fastft.planning import model_shape, plan_key
 
+GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
 CONFIG = RunConfig(model="toy-llama", batch_size=4, sequence_tokens=16, device="cpu")
 KEY = plan_key(CONFIG, model_shape(CONFIG), detect_device("cpu"))
 STEP_TOKENS = 4 * 16
@@ -44,7 +45,7 @@ def plan(micro_batch: int, speeds: dict[int, float]) -> Plan:
 )
 def test_another_choice_is_a_tie_within_the_noise_only(odd, verdict):
     usual = [plan(4, {4: 1000.0, 2: 950.0}) for _ in range(4)]
-    result = judge_repeats(CONFIG, [odd, *usual], noise=0.01, device={"name": "C"})
+    result = judge_repeats(CONFIG, [odd, *usual], GPU)
     assert [one.verdict for one in result.repetitions] == [verdict, *["same"] * 4]
     assert result.agreeing == 4 + (verdict == "tie")
     assert result.usual == choices(4).summary()
