@@ -112,6 +112,11 @@ class Spares:
             worker.end()
         self._waiting.clear()
 
+    def begin(self) -> None:
+        """Start a batch now, where none waits."""
+        with contextlib.suppress(OSError):  # whoever asks one is told
+            self._start()
+
     def run(self, request: str, marker: str, timeout_seconds: float, *, what: str) -> Ended:
         """As `run_worker`; the time starts with the request."""
         try:
@@ -126,9 +131,12 @@ class Spares:
             if worker.waits:
                 return worker
             worker.end()
-        for _ in range(self._count):
-            self._waiting.append(_Worker(self._command))
+        self._start()
         return self._waiting.pop(0)
+
+    def _start(self) -> None:
+        while len(self._waiting) < self._count:
+            self._waiting.append(_Worker(self._command))
 
 
 class _Worker:

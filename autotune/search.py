@@ -31,7 +31,7 @@ ASSUMED_PROBE_SECONDS = {"cuda": 25.0, "cpu": 10.0}
 """Where none was measured yet: imports, loading and a few steps of an 8B model on an H200 (docs/log.md), or of the
 model `tiny` on two cores."""
 
-MOST_SPARES = 4
+MOST_SPARES = 8
 """Each holds some 700 MB of host memory, and nothing on the GPU, until it has its request."""
 
 _log = logging.getLogger(__name__)
@@ -123,6 +123,8 @@ def tune(
             pool.forget()
         kept = 0.0 if verify_plan is None else VERIFICATION_SECONDS
         spares = waiting.enter_context(Spares(count=_spares(device)))
+        if run_probe is None and device.kind == "cuda":
+            spares.begin()  # while the search of launches, which is timed on the device alone, imports too
         search = Search(
             config, shape, device, effort, seed, pool, report, _with_time_limit(run_probe, spares),
             run_kernels or (run_kernels_in_process if run_probe is None else None),
@@ -190,7 +192,7 @@ def _with_time_limit(
 
 def _spares(device: Device) -> int:
     """How many probes import together: as many as do not crowd the host, and on a CPU none beside a measurement."""
-    return max(1, min(MOST_SPARES, device.cores // 4)) if device.kind == "cuda" else 1
+    return max(1, min(MOST_SPARES, device.cores // 2)) if device.kind == "cuda" else 1
 
 
 @contextmanager

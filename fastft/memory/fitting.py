@@ -45,6 +45,9 @@ _FLOPS_A_MOVED_BYTE = 12_000
 _LAUNCHING_FLOPS = 1.8e12
 """What a GPU computes while the host launches a layer's forward and backward: some 2.7 ms (docs/log.md, 2026-11-25: at
 1.5e12 a step without graphs takes 9 % longer)."""
+_TILE_LAUNCHING_FLOPS = 3.3e12
+"""What a GPU computes while the host launches one tile of a layer's MLP, forward and backward: some 5 ms on a slow host
+(docs/log.md, 2026-11-25: with tiles of 2,048 tokens a step of an 8B in NF4 takes a third longer)."""
 _SMALLER_PRODUCTS = 0.02
 """Share by which products in chunks are assumed slower, a halving of their rows each."""
 
@@ -169,14 +172,19 @@ def _options(
     mlp_flops = 4.0 * (2 + shape.spec.gated) * shape.hidden * shape.intermediate * shape.layers
     of_host = float(shape.hidden * a * _FLOPS_A_MOVED_BYTE)
     of_launches = max(0.0, _LAUNCHING_FLOPS / tokens - step_flops(shape, config.sequence_tokens)) * shape.layers
-    of_graphs = {choices.graphs: 0.0, **({"off": of_launches} if records(shape, choices, config, device) else {})}
+    recorded = records(shape, choices, config, device)
+    of_graphs = {choices.graphs: 0.0, **({"off": of_launches} if recorded else {})}
     of_homes = {False: 0.0, **({True: of_host} if on_gpu and not shape.tied_embeddings else {})}
     for (graphs, price), (host, more) in product(of_graphs.items(), of_homes.items()):
         for loss_chunk in dict.fromkeys((choices.loss_chunk_tokens, min(choices.loss_chunk_tokens, SMALL_LOSS_CHUNK))):
             halvings = (choices.loss_chunk_tokens / loss_chunk - 1) / 2
             of_loss = _SMALLER_PRODUCTS * halvings * 4.0 * shape.hidden * shape.vocabulary
             for mlp_chunk in (None, *(chunk for chunk in MLP_CHUNKS if chunk < tokens)):
-                of_mlp = 0.0 if mlp_chunk is None else _SMALLER_PRODUCTS * mlp_flops * (8192 / mlp_chunk) / 2
+                of_mlp = 0.0
+                if mlp_chunk is not None:
+                    of_mlp = _SMALLER_PRODUCTS * mlp_flops * (8192 / mlp_chunk) / 2
+                    if on_gpu and (graphs == "off" or not recorded):
+                        of_mlp += max(0.0, _TILE_LAUNCHING_FLOPS / mlp_chunk * shape.layers - mlp_flops)
                 yield (
                     choices.model_copy(
                         update={

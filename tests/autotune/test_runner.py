@@ -160,6 +160,19 @@ def test_spares_are_started_together_and_serve_one_request_each() -> None:
     assert all(map(gone, left)), "nobody waits for a tuner that is gone"
 
 
+def test_a_batch_may_begin_before_anybody_asks() -> None:
+    with Spares([sys.executable, "-S", "-c", ECHO], count=2) as spares:
+        spares.begin()
+        spares.begin()
+        waiting = [worker._process.pid for worker in spares._waiting]
+        assert len(waiting) == 2
+        answer = spares.run("request", "> ", 20.0, what="it").answers[0]
+        assert answer.split() == ["request", str(waiting[0])]
+    with Spares(["/no/such/program"], count=2) as spares:
+        spares.begin()
+        assert spares.run("", "> ", 20.0, what="it").detail.startswith("cannot start it")
+
+
 def test_a_spare_that_died_while_it_waited_is_not_asked() -> None:
     with Spares([sys.executable, "-S", "-c", ECHO], count=2) as spares:
         spares.run("", "> ", 20.0, what="it")

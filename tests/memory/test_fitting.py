@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -138,3 +139,25 @@ def test_no_more_goes_to_the_host_than_it_has() -> None:
     tiny = replace(GPU, host_memory_bytes=2**30)
     assert set(smallest(shape, plain, config, device=tiny).placement) == {"full"}
     assert set(smallest(shape, plain, config, device=GPU).placement) == {"offload"}
+
+
+@pytest.mark.parametrize(
+    ("model", "cap", "tokens", "tiles"),
+    [
+        ("llama-3-8b", 6.2, 2048, None),  # the host would launch tiles longer than the GPU computes them
+        ("llama-3-8b", 6.0, 2048, 2048),  # nothing else fits
+        ("llama-3-8b", 13.0, 16384, 8192),  # long ones keep the GPU busy
+        ("qwen2-1.5b", 2.0, 2048, 2048),  # recorded, they are launched once for all
+    ],
+)
+def test_tiles_that_wait_for_the_host_are_the_last_resort(
+    model: str, cap: float, tokens: int, tiles: int | None
+) -> None:
+    shape = SHAPES[model]
+    config = RunConfig(
+        model=model, quantization="nf4", dtype="bf16", batch_size=4, sequence_tokens=tokens, optimizer="adamw_8bit"
+    )
+    default = Choices(backend="triton", micro_batch=4, accumulation=1, placement=["light"] * shape.layers)
+    fitted = fit(int(cap * 2**30), shape, default, config, device=GPU)
+    assert fitted is not None
+    assert fitted.choices.mlp_chunk_tokens == tiles
