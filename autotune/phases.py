@@ -30,7 +30,8 @@ from fastft.errors import MeasureError
 from fastft.hardware import Device, resolve_dtype, soft_facts, software_versions
 from fastft.models.shapes import ModelShape
 from fastft.plan import Choices, Evidence, KernelTrial, Plan, PlanKey, Trial
-from fastft.planning import gib, tune_command
+from fastft.planning import tune_command
+from fastft.units import gib
 
 MIXED_HEADROOM = 0.99
 """Share of the limit that a solved placement may use by prediction: the fit is no better."""

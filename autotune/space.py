@@ -31,12 +31,12 @@ from typing import Any, Literal
 
 from autotune.forecast import relative_time
 from fastft.config import RunConfig
+from fastft.defaults import default_for, divisors
 from fastft.hardware import Device
 from fastft.memory.fitting import fit
 from fastft.memory.model import estimate_peak_bytes, memory_terms, records
 from fastft.models.shapes import ModelShape
 from fastft.plan import OFFLOADED, POLICIES, Choices, Policy, Trial
-from fastft.planning import divisors, without_plan
 
 EffortName = Literal["quick", "full", "exhaustive"]
 
@@ -117,7 +117,7 @@ EFFORTS: dict[EffortName, Effort] = {
 
 def default_candidate(config: RunConfig, shape: ModelShape, device: Device) -> Choices:
     """What the run would do without a plan: the first candidate, which every other must beat."""
-    return without_plan(config, shape, device, "default").choices
+    return default_for(config, shape, device).choices
 
 
 def candidates(config: RunConfig, shape: ModelShape, device: Device, effort: EffortName = "quick") -> list[Choices]:

@@ -47,7 +47,8 @@ from fastft.errors import ConfigError, FastftError, PlanError
 from fastft.hardware import detect_device
 from fastft.plan import Plan, Trial
 from fastft.plan_store import PlanStore, read_foreign_plan
-from fastft.planning import describe_difference, gib, model_shape, plan_key
+from fastft.planning import describe_difference, model_shape, plan_key
+from fastft.units import gib
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,

@@ -57,8 +57,8 @@ def require_runnable(name: str, config: RunConfig) -> None:
         BackendError: it cannot.
         ConfigError: no such arm.
     """
+    from fastft.defaults import resolve_backend
     from fastft.hardware import detect_device
-    from fastft.planning import resolve_backend
 
     backend = find_arm(name).backend
     resolve_backend(config.model_copy(update={"backend": backend}), detect_device(config.device))
@@ -95,15 +95,17 @@ def choices_for(name: str, config: RunConfig, *, stock_micro_batch: int | None =
             placement=[arm.stock_placement] * model.config.num_hidden_layers,
         ), None
 
+    from fastft.defaults import default_for
     from fastft.hardware import detect_device
     from fastft.plan_store import PlanStore
-    from fastft.planning import model_shape, resolve, without_plan
+    from fastft.planning import model_shape, resolve
 
     shape, device = model_shape(config), detect_device(config.device)
-    if not arm.follows_plan:
-        return without_plan(config, shape, device, name).choices, None
-    resolution = resolve(config, shape, device, PlanStore())
-    if resolution.plan is not None and resolution.plan.choices.backend != arm.backend:
-        # Its placement was measured with another backend; this arm would claim a plan that it does not follow.
-        resolution = without_plan(config, shape, device, f"the plan is for {resolution.plan.choices.backend}")
-    return resolution.choices, resolution.plan.id if resolution.plan is not None else None
+    if arm.follows_plan:
+        resolution = resolve(config, shape, device, PlanStore())
+        if resolution.plan is None:
+            return resolution.choices, None
+        # A placement that was measured with another backend is no plan of this arm.
+        if resolution.plan.choices.backend == arm.backend:
+            return resolution.choices, resolution.plan.id
+    return default_for(config, shape, device).choices, None

@@ -22,13 +22,14 @@ from bench.provenance import provenance, utc_now
 from bench.trial_file import Header, TrialFile
 from bench.trials import Deadline, Steps, measure_trials
 from fastft.config import RunConfig
+from fastft.defaults import default_for, divisors
 from fastft.errors import ConfigError, unknown_choice
 from fastft.hardware import Device, detect_device
 from fastft.memory.fitting import SMALL_LOSS_CHUNK
 from fastft.memory.model import memory_terms, records
 from fastft.models.shapes import ModelShape
 from fastft.plan import OFFLOADED, POLICIES, Choices, Policy, Trial
-from fastft.planning import divisors, model_shape, plan_key, without_plan
+from fastft.planning import model_shape, plan_key
 
 GRAPH_MODES = ("auto", "off")
 GRID = "grid.jsonl"
@@ -76,7 +77,7 @@ def configurations(config: RunConfig, shape: ModelShape, device: Device, axes: A
 
     `config` gives no micro-batch, placement or cap; backend and all else that no axis names are the default's.
     """
-    default = without_plan(free(config), shape, device, "grid").choices
+    default = default_for(free(config), shape, device).choices
     found: dict[str, tuple[tuple[int, int], Choices]] = {}
     most = axes.most_micro_batch or config.batch_size
     for size in (d for d in divisors(config.batch_size) if d <= most):

@@ -19,12 +19,13 @@ from bench.trial_file import TrialFile
 from bench.trials import Deadline, Steps, measure_trials
 from bench.turns import speed_over_turns, still_to_measure
 from fastft.config import RunConfig
+from fastft.defaults import default_choices, resolve_backend
 from fastft.hardware import Device, detect_device
 from fastft.memory.fitting import MLP_CHUNKS, SMALL_LOSS_CHUNK, host_limit, smallest
 from fastft.memory.model import estimate_peak_bytes, memory_terms, records
 from fastft.models.shapes import ModelShape
 from fastft.plan import LOSS_CHUNK_TOKENS, Choices, Policy, Trial
-from fastft.planning import default_choices, model_shape, resolve_backend
+from fastft.planning import model_shape
 
 TRIALS, MEASURES_FILE = "measures.jsonl", "measures.json"
 """What an output folder holds: the trials, and the result."""

@@ -20,11 +20,13 @@ from bench.trial_file import TrialFile
 from bench.trials import Deadline, Steps, measure_trials
 from bench.turns import speed_over_turns, still_to_measure
 from fastft.config import RunConfig
+from fastft.defaults import default_for
 from fastft.errors import FastftError, MeasureError
 from fastft.hardware import detect_device
 from fastft.plan import Choices, Plan, Trial
 from fastft.plan_store import PlanStore
-from fastft.planning import gib, model_shape, plan_key, without_plan
+from fastft.planning import model_shape, plan_key
+from fastft.units import gib
 
 FINALISTS, REGRET, STORE = "finalists.jsonl", "regret.json", "tuner-cache"
 """What an output folder holds beside the grid: the trials of the comparison, its result, the tuner's cache folder."""
@@ -220,7 +222,7 @@ def _contest(config: RunConfig, grid: Grid, cap_bytes: int, plan: Plan | FastftE
     problems = [f"no plan: {plan}"] if isinstance(plan, FastftError) else []
     default = None
     try:
-        default = without_plan(run, model_shape(run), device, "default").choices
+        default = default_for(run, model_shape(run), device).choices
     except FastftError as error:
         problems.append(f"no default: {error}")
     ranked = [trial.choices for trial in fitting(grid.trials, cap_bytes)]

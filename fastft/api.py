@@ -300,7 +300,7 @@ def _put_backend_in(
 
 
 def _backend_name(wanted: str, device: Device) -> str:
-    from fastft.planning import resolve_backend
+    from fastft.defaults import resolve_backend
 
     return resolve_backend(RunConfig.load(backend=wanted), device)
 

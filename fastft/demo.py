@@ -22,11 +22,11 @@ from fastft.commands.train import train_quietly
 from fastft.commands.tune import tune_verified
 from fastft.config import RunConfig
 from fastft.console import Meter, keeping, progress, say
+from fastft.defaults import resolve_backend
 from fastft.errors import ConfigError
 from fastft.files import new_folder
 from fastft.hardware import detect_device
 from fastft.plan import Plan
-from fastft.planning import resolve_backend
 from fastft.record import Record, read_records
 from fastft.siblings import import_sibling
 

@@ -19,8 +19,8 @@ from typing import Any, Literal
 from fastft.errors import BackendError, FastftError
 from fastft.hardware import Device, detect_device, soft_facts, software_versions
 from fastft.plan_store import PlanStore
-from fastft.planning import gib
 from fastft.siblings import SIBLINGS, import_sibling
+from fastft.units import gib
 
 Status = Literal["pass", "warn", "fail"]
 

@@ -1,17 +1,14 @@
 """From a run to what it does: key, cached plan, shipped plan or default, and one line that says which.
 
-Without a plan the default is chosen by the rules below; they are safe, not fast.  Under a memory cap the
-default comes from the analytic memory model, so a cap is useful before anything was tuned.
+What a run does without a plan is in `fastft.defaults`.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,24 +16,18 @@ from typing import Any
 from fastft import __version__
 from fastft.cache import cache_folder
 from fastft.config import LoraConfig, RunConfig
-from fastft.errors import BackendError, ConfigError, ModelError, OutputError, PlanError, unknown_choice
+from fastft.defaults import default_for, require_backend
+from fastft.errors import BackendError, ConfigError, ModelError, OutputError, PlanError
 from fastft.files import canonical_json, write_atomically
 from fastft.hardware import Device, kernels_sha256, resolve_dtype, soft_facts, software_versions
-from fastft.memory.fitting import fit, room_under, smallest
-from fastft.memory.model import estimate_peak_bytes, memory_terms, step_flops
 from fastft.models.shapes import SHAPES, SUPPORTED_FAMILIES, ModelShape
 from fastft.plan import Choices, Plan, PlanKey
-from fastft.plan_store import PLAN_BACKENDS, PlanStore, read_foreign_plan
+from fastft.plan_store import PlanStore, read_foreign_plan
 from fastft.plans.shipped import ShippedPlans, choices_here
 from fastft.plans.verification import Verification, Verifications
+from fastft.units import age
 
 KEY_VERSIONS = ("torch", "triton", "cuda", "bitsandbytes")
-DEFAULT_MICRO_BATCH_TOKENS = {"cuda": 8192, "cpu": 4096}
-"""The default micro-batch is the largest divisor of the global batch whose full rows have up to so many tokens: with
-more a step is hardly faster."""
-_HALF_SPEED_TOKENS = 256
-"""Assumed micro-batch at which a GPU runs at half its speed; only ranks untuned defaults under a cap."""
-
 _NAMED_FIELDS = 3
 """Of those in which a plan missed; `fastft plan diff` names all."""
 
@@ -122,36 +113,6 @@ def plan_key(config: RunConfig, shape: ModelShape, device: Device) -> PlanKey:
     )
 
 
-def resolve_backend(config: RunConfig, device: Device) -> str:
-    """The backend of a run without a plan: `auto` is triton on a GPU where Triton is installed, else eager.
-
-    Raises:
-        BackendError: triton was asked for and cannot run here.
-    """
-    if config.backend != "auto":
-        _require_backend(config.backend, device)
-        return config.backend
-    return "triton" if device.kind == "cuda" and _triton_installed() else "eager"
-
-
-def default_choices(config: RunConfig, shape: ModelShape, backend: str, device: Device | None = None) -> Choices:
-    """What a run does without a plan where memory does not matter.
-
-    Args:
-        backend: a resolved one, not `auto`.
-        device: None stands for a GPU if `backend` is triton or `config.device` is cuda, else for a CPU.
-    """
-    on_gpu = device.kind == "cuda" if device is not None else backend == "triton" or config.device == "cuda"
-    rows = max(1, DEFAULT_MICRO_BATCH_TOKENS["cuda" if on_gpu else "cpu"] // config.sequence_tokens)
-    micro_batch = config.micro_batch or max(d for d in divisors(config.batch_size) if d <= rows)
-    return Choices(
-        backend=backend,
-        micro_batch=micro_batch,
-        accumulation=config.batch_size // micro_batch,
-        placement=[config.placement or "light"] * shape.layers,
-    )
-
-
 def resolve(
     config: RunConfig, shape: ModelShape, device: Device, store: PlanStore, shipped: ShippedPlans | None = None
 ) -> Resolution:
@@ -167,9 +128,9 @@ def resolve(
         BackendError: a backend was asked for that cannot run here.
     """
     if config.backend != "auto":
-        _require_backend(config.backend, device)
+        require_backend(config.backend, device)
     if config.plan == "none":
-        return without_plan(config, shape, device, "no plan, as asked")
+        return _without_plan(config, shape, device, "no plan, as asked")
     key = plan_key(config, shape, device)
     if config.plan != "auto":
         plan = read_foreign_plan(Path(config.plan))
@@ -179,19 +140,19 @@ def resolve(
                 got="; ".join(describe_difference(plan.key, key)),
                 fix=f"tune this run: {tune_command(config)}",
             )
-        _require_backend(plan.choices.backend, device)
+        require_backend(plan.choices.backend, device)
         return _follow(plan, config, device)
     cached = store.load(key)
     if cached is not None:
         problem = _why_not(cached, device)
         if problem is not None:
-            return without_plan(config, shape, device, problem)
+            return _without_plan(config, shape, device, problem)
         return _follow(cached, config, device)
     nearest = _nearest(key, store)
     hint = f"find a faster one once: {tune_command(config)}"
     found = (shipped or ShippedPlans()).load(key)
     if found is None:
-        return without_plan(config, shape, device, "no plan for this run yet" + nearest, hint=hint)
+        return _without_plan(config, shape, device, "no plan for this run yet" + nearest, hint=hint)
     verification = Verifications(store.cache).load(key, found)
     problem = _why_not(found, device)
     if verification is not None and verification.verdict == "rejected":
@@ -200,40 +161,8 @@ def resolve(
             f"{age(verification.created_at)} ({verification.detail})"
         )
     if problem is not None:
-        return without_plan(config, shape, device, problem + nearest, hint=hint)
+        return _without_plan(config, shape, device, problem + nearest, hint=hint)
     return _follow_shipped(found, config, device, key, verification, nearest)
-
-
-def without_plan(config: RunConfig, shape: ModelShape, device: Device, why: str, *, hint: str = "") -> Resolution:
-    """The default, or what the memory model thinks is fastest under a memory cap, or on a device that is too small for
-    the default.
-
-    Raises:
-        PlanError: the model, its adapters and optimizer alone need more than the cap.
-    """
-    backend = resolve_backend(config, device)
-    choices = default_choices(config, shape, backend, device)
-    cap, room = config.memory_cap_bytes, room_under(config.memory_cap_bytes, device)
-    warnings: tuple[str, ...] = ()
-    if cap is not None or estimate_peak_bytes(shape, choices, config, device=device) > room:
-        limit = f"this device's {gib(device.memory_bytes)}" if cap is None or cap > device.memory_bytes else gib(cap)
-        fitting = _fastest_under(room, config, shape, device, choices)
-        if fitting is None:
-            one_row = _with_micro_batch(choices, config, config.micro_batch or 1)
-            fitting = smallest(shape, one_row, config, device=device)
-            need = memory_terms(shape, fitting, config, device).model
-            if cap is not None and need > cap:
-                raise PlanError(
-                    "memory_cap is below what the model itself needs", got=gib(cap),
-                    allowed=f"about {gib(need)} and more",
-                    fix="raise the cap, or quantize the base weights (quantization = \"nf4\")",
-                )  # fmt: skip
-            peak = estimate_peak_bytes(shape, fitting, config, device=device)
-            warnings = (f"the smallest choices are estimated at {gib(peak)}; there are {limit}",)
-        choices = fitting
-        why += f"; estimated under {limit}"
-    message = f"{why}: default {choices.summary()}" + (f"; {hint}" if hint else "")
-    return Resolution(plan=None, choices=choices, message=message, warnings=warnings)
 
 
 def describe_difference(theirs: PlanKey, mine: PlanKey) -> list[str]:
@@ -288,29 +217,11 @@ def tune_command(config: RunConfig) -> str:
     return shlex.join(words)
 
 
-def age(created_at: str, now: datetime | None = None) -> str:
-    """How long ago an ISO 8601 time was, in words: `3 days ago`; `at an unknown time` if it cannot be read."""
-    try:
-        created = datetime.fromisoformat(created_at)
-    except ValueError:
-        return "at an unknown time"
-    created = created if created.tzinfo else created.replace(tzinfo=UTC)
-    seconds = ((now or datetime.now(UTC)) - created).total_seconds()
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        count = int(seconds // length)
-        if count >= 1:
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
-    return "just now"
-
-
-def divisors(number: int) -> list[int]:
-    """The divisors of a positive number, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def gib(count: float) -> str:
-    """A number of bytes for people: `7.80 GiB`."""
-    return f"{count / 2**30:.2f} GiB"
+def _without_plan(config: RunConfig, shape: ModelShape, device: Device, why: str, *, hint: str = "") -> Resolution:
+    default = default_for(config, shape, device)
+    limit = f"; estimated under {default.limit}" if default.limit else ""
+    message = f"{why}{limit}: default {default.choices.summary()}" + (f"; {hint}" if hint else "")
+    return Resolution(plan=None, choices=default.choices, message=message, warnings=default.warnings)
 
 
 def _follow(plan: Plan, config: RunConfig, device: Device) -> Resolution:
@@ -356,7 +267,7 @@ def _own(pinned: list[str]) -> str:
 def _why_not(plan: Plan, device: Device) -> str | None:
     """Why a plan cannot be followed on this device, or None."""
     try:
-        _require_backend(plan.choices.backend, device)
+        require_backend(plan.choices.backend, device)
     except (BackendError, ConfigError) as error:
         return f"plan {plan.id} cannot run here ({error})"
     return None
@@ -385,43 +296,6 @@ def _pinned(choices: Choices, config: RunConfig) -> tuple[Choices, list[str]]:
     changed = [name for name, value in wanted.items() if getattr(choices, name) != value and name != "accumulation"]
     shown = [f"{name} = {getattr(config, name)}" for name in changed]
     return choices.model_copy(update=wanted), shown
-
-
-def _fastest_under(cap: int, config: RunConfig, shape: ModelShape, device: Device, default: Choices) -> Choices | None:
-    """Over micro-batches up to the default's: the least extra work that fits, weighed against small batches."""
-    best: tuple[float, Choices] | None = None
-    sizes = [d for d in divisors(config.batch_size) if d <= default.micro_batch]
-    for size in [config.micro_batch] if config.micro_batch else reversed(sizes):
-        fitted = fit(cap, shape, _with_micro_batch(default, config, size), config, device=device)
-        if fitted is None:
-            continue
-        work = 1 + fitted.extra_flops / (shape.layers * step_flops(shape, config.sequence_tokens))
-        time = work * (1 + _HALF_SPEED_TOKENS / (size * config.sequence_tokens))
-        if best is None or time < best[0]:
-            best = time, fitted.choices
-    return None if best is None else best[1]
-
-
-def _with_micro_batch(choices: Choices, config: RunConfig, size: int) -> Choices:
-    return choices.model_copy(update={"micro_batch": size, "accumulation": config.batch_size // size})
-
-
-def _require_backend(backend: str, device: Device) -> None:
-    if backend not in PLAN_BACKENDS:
-        raise unknown_choice("backend", backend, PLAN_BACKENDS)
-    if backend != "triton":
-        return
-    if device.kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise BackendError(
-            "backend triton needs a CUDA GPU", got=f"device {device.name}", allowed="eager, peft or auto here",
-            fix="use --backend eager",
-        )  # fmt: skip
-    if not _triton_installed():
-        raise BackendError("backend triton needs the package triton", got="none", fix="pip install triton, on Linux")
-
-
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _world_size() -> int:

@@ -21,6 +21,7 @@ LAYERS = (
     ("api", "training"),
     ("measure",),
     ("engine", "planning"),
+    ("defaults",),
     ("plans",),
     ("backends", "adapters", "memory", "plan_store"),
     ("models",),
@@ -28,7 +29,7 @@ LAYERS = (
     ("config",),
     ("plan", "record", "hardware", "siblings", "processes", "cache"),
     ("files",),
-    ("errors",),
+    ("errors", "units"),
 )
 LEVEL = {part: len(LAYERS) - depth for depth, parts in enumerate(LAYERS) for part in parts}
 LEAVES = {"plan", "record", "errors", "files", "hardware", "config"}

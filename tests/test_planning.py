@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,19 +8,16 @@ import pytest
 import fastft
 from fastft import planning
 from fastft.config import LoraConfig, RunConfig
-from fastft.errors import BackendError, ModelError, PlanError
+from fastft.defaults import default_choices
+from fastft.errors import ModelError, PlanError
 from fastft.hardware import Device
-from fastft.memory.model import estimate_peak_bytes
 from fastft.models.shapes import SHAPES, ModelShape
 from fastft.plan import Choices, Evidence, Plan
 from fastft.plan_store import PlanStore
 from fastft.planning import (
-    age,
-    default_choices,
     model_shape,
     plan_key,
     resolve,
-    resolve_backend,
     tune_command,
 )
 from fastft.plans.shipped import ShippedPlans
@@ -100,81 +96,6 @@ def test_the_world_size_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> N
     assert plan_key(CONFIG, SHAPE, CPU).world_size == 2
 
 
-# Backend and default
-
-
-def test_auto_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_backend(CONFIG, CPU) == "eager"
-    monkeypatch.setattr(planning, "_triton_installed", lambda: True)
-    assert resolve_backend(CONFIG, GPU) == "triton"
-    monkeypatch.setattr(planning, "_triton_installed", lambda: False)
-    assert resolve_backend(CONFIG, GPU) == "eager"
-    with pytest.raises(BackendError, match="needs the package triton"):
-        resolve_backend(CONFIG.model_copy(update={"backend": "triton"}), GPU)
-
-
-def test_explicit_triton_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = CONFIG.model_copy(update={"backend": "triton"})
-    monkeypatch.setattr(planning, "_triton_installed", lambda: True)
-    with pytest.raises(BackendError, match="needs a CUDA GPU"):
-        resolve_backend(config, CPU)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert resolve_backend(config, CPU) == "triton"
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "tokens", "on_cpu", "on_gpu"),
-    [
-        (16, 2048, 2, 4), (16, 256, 16, 16), (64, 256, 16, 32), (7, 2048, 1, 1), (6, 2048, 2, 3), (1, 16, 1, 1),
-        (34, 2048, 2, 2), (16, 32768, 1, 1), (4, 8192, 1, 1),
-    ],
-)  # fmt: skip
-def test_the_default_micro_batch_is_a_divisor_with_so_many_tokens(
-    batch_size: int, tokens: int, on_cpu: int, on_gpu: int
-) -> None:
-    config = CONFIG.model_copy(update={"batch_size": batch_size, "sequence_tokens": tokens})
-    for device, expected in ((CPU, on_cpu), (GPU, on_gpu)):
-        choices = default_choices(config, SHAPE, "eager", device)
-        assert choices.micro_batch == expected
-        assert choices.micro_batch * choices.accumulation == batch_size
-        assert choices.placement == ["light"] * 3
-
-
-def test_the_default_follows_what_the_run_sets() -> None:
-    config = CONFIG.model_copy(update={"micro_batch": 2, "placement": "mlp"})
-    choices = default_choices(config, SHAPE, "peft", CPU)
-    assert (choices.micro_batch, choices.accumulation, choices.placement) == (2, 8, ["mlp"] * 3)
-    assert default_choices(CONFIG.model_copy(update={"sequence_tokens": 2048}), SHAPE, "triton").micro_batch == 4
-
-
-@pytest.mark.parametrize(("memory", "cap"), [(24, None), (24, "40GiB"), (16, None), (80, "20GiB")])
-def test_a_default_that_a_gpu_does_not_hold_gives_something_up(store: PlanStore, memory: int, cap: str | None) -> None:
-    shape, small = SHAPES["llama-3-8b"], replace(GPU, memory_bytes=memory * 2**30)
-    config = RunConfig(
-        model="llama-3-8b", quantization="nf4", sequence_tokens=2048, batch_size=4, optimizer="adamw_8bit",
-        memory_cap=cap,
-    )  # fmt: skip
-    found = resolve(config, shape, small, store)
-    room, words = (20, "20.00 GiB") if cap == "20GiB" else (memory, f"this device's {memory}.00 GiB")
-    assert room * 2**29 < estimate_peak_bytes(shape, found.choices, config, device=small) < room * 2**30
-    assert found.choices != default_choices(config, shape, "triton", small)
-    assert f"; estimated under {words}" in found.message
-    assert found.warnings == ()
-
-
-def test_a_default_that_fits_spends_no_more(store: PlanStore) -> None:
-    """Memory that nobody needs is left: dense copies are a plan's to choose."""
-    shape, config = SHAPES["llama-3-8b"], RunConfig(model="llama-3-8b", quantization="nf4", sequence_tokens=2048)
-    assert resolve(config, shape, GPU, store).choices == default_choices(config, shape, "triton", GPU)
-
-
-def test_a_gpu_that_is_too_small_for_everything_is_told(store: PlanStore) -> None:
-    shape, small = SHAPES["llama-3-8b"], replace(GPU, memory_bytes=8 * 2**30)
-    found = resolve(RunConfig(model="llama-3-8b", sequence_tokens=2048), shape, small, store)
-    assert (found.choices.micro_batch, set(found.choices.placement)) == (1, {"offload"})
-    assert "there are this device's 8.00 GiB" in found.warnings[0]
-
-
 # Resolving
 
 
@@ -184,6 +105,15 @@ def test_without_a_plan_the_line_says_how_to_find_one(store: PlanStore) -> None:
     assert found.choices == default_choices(CONFIG, SHAPE, "eager", CPU)
     assert "fastft tune toy-llama --sequence-tokens 128" in found.message
     assert "\n" not in found.message
+
+
+def test_without_a_plan_the_line_says_what_the_default_was_chosen_for(store: PlanStore) -> None:
+    config = RunConfig(model="llama-3-8b", quantization="nf4", sequence_tokens=2048, memory_cap="20GiB")
+    message = resolve(config, SHAPES["llama-3-8b"], GPU, store).message
+    assert message.startswith("no plan for this run yet; estimated under 20.00 GiB: default triton, ")
+    assert message.endswith("--memory-cap 20GiB")
+    tight = config.model_copy(update={"memory_cap": "5GiB"})
+    assert "there are 5.00 GiB" in resolve(tight, SHAPES["llama-3-8b"], GPU, store).warnings[0]
 
 
 def test_a_cached_plan_is_followed_and_described(store: PlanStore) -> None:
@@ -345,46 +275,7 @@ def test_soft_facts_warn(store: PlanStore, monkeypatch: pytest.MonkeyPatch) -> N
     assert found.warnings == ("driver was 570 when the plan was tuned and is 580 now",)
 
 
-# Memory caps
-
-
-@pytest.mark.parametrize("cap_gib", [7.8, 10, 20, 40])
-def test_a_cap_without_a_plan_is_kept_by_the_estimate(cap_gib: float, store: PlanStore) -> None:
-    shape = SHAPES["llama-3-8b"]
-    config = RunConfig(
-        model="llama-3-8b", quantization="nf4", optimizer="adamw_8bit", sequence_tokens=2048, memory_cap=f"{cap_gib}GiB"
-    )
-    found = resolve(config, shape, GPU, store)
-    assert found.warnings == ()
-    assert estimate_peak_bytes(shape, found.choices, config, device=GPU) <= cap_gib * 2**30
-    assert "memory-cap" in found.message
-    if cap_gib == 40:
-        assert found.choices.resident_layers > 0, "memory is left over"
-        default = default_choices(config, shape, found.choices.backend, GPU)
-        assert found.choices.model_copy(update={"resident_layers": 0}) == default
-
-
-def test_a_cap_respects_what_the_run_sets(store: PlanStore) -> None:
-    config = RunConfig(model="llama-3-8b", quantization="nf4", sequence_tokens=2048, memory_cap="13GiB", micro_batch=4)
-    found = resolve(config, SHAPES["llama-3-8b"], GPU, store)
-    assert found.choices.micro_batch == 4
-    assert {"mlp", "offload_mlp"} & set(found.choices.placement)
-
-
-def test_a_cap_below_the_model_is_refused(store: PlanStore) -> None:
-    config = RunConfig(model="llama-3-8b", memory_cap="7GiB")
-    with pytest.raises(PlanError, match=r"below what the model itself needs; got 7\.00 GiB"):
-        resolve(config, SHAPES["llama-3-8b"], GPU, store)
-
-
-def test_a_cap_that_only_just_holds_the_model_warns(store: PlanStore) -> None:
-    config = RunConfig(model="llama-3-8b", quantization="nf4", sequence_tokens=4096, memory_cap="5GiB")
-    found = resolve(config, SHAPES["llama-3-8b"], GPU, store)
-    assert (found.choices.micro_batch, set(found.choices.placement)) == (1, {"offload"})
-    assert found.warnings == ("the smallest choices are estimated at 5.63 GiB; there are 5.00 GiB",)
-
-
-# Shapes, commands, words
+# Shapes and commands
 
 
 def test_the_shape_of_a_shipped_model_needs_no_file(tmp_path: Path) -> None:
@@ -437,14 +328,3 @@ def test_the_tune_command_repeats_the_key() -> None:
         "fastft tune 'my model' --packing --quantization nf4 --memory-cap '7.8 GiB' --no-offline "
         "--rank 8 --targets q_proj,v_proj"
     )
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(5, "just now"), (-60, "just now"), (61, "1 minute ago"), (7300, "2 hours ago"), (90_000, "1 day ago"),
-     (260_000, "3 days ago")],
-)  # fmt: skip
-def test_age(seconds: int, words: str) -> None:
-    now = datetime(2026, 1, 10, tzinfo=UTC)
-    assert age((now - timedelta(seconds=seconds)).isoformat(), now) == words
-    assert age("yesterday", now) == "at an unknown time"

@@ -12,7 +12,7 @@ from fastft.console import print_json, print_line
 from fastft.errors import BackendError
 from fastft.hardware import PACKAGES, Device, detect_device, soft_facts, software_versions
 from fastft.plan_store import PlanStore
-from fastft.planning import gib
+from fastft.units import gib
 
 VARIABLES = (
     "FASTFT_CACHE_DIR", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS", "TRITON_INTERPRET",

@@ -14,9 +14,10 @@ from fastft.hardware import detect_device
 from fastft.models.shapes import SHAPES
 from fastft.plan import Plan, PlanKey
 from fastft.plan_store import PlanStore, find_plan, read_foreign_plan
-from fastft.planning import age, describe_verification, gib, plan_key
+from fastft.planning import describe_verification, plan_key
 from fastft.plans.shipped import MAY_DIFFER, ShippedPlans
 from fastft.plans.verification import Verification, Verifications
+from fastft.units import age, gib
 
 HERE = "this machine"
 

@@ -16,8 +16,9 @@ from fastft.hardware import Device, detect_device
 from fastft.models.shapes import SHAPES, ModelShape
 from fastft.plan import Choices, Evidence, Plan, PlanKey
 from fastft.plan_store import PlanStore
-from fastft.planning import age, gib, model_shape, plan_key, tune_command
+from fastft.planning import model_shape, plan_key, tune_command
 from fastft.siblings import import_sibling
+from fastft.units import age, gib
 
 if TYPE_CHECKING:
     from autotune.explain import UnderCap

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fastft.config import RunConfig
+from fastft.defaults import divisors
 from fastft.errors import DataError, ModelError, OutputError
 from fastft.files import new_folder
 from fastft.hardware import Device, detect_device
 from fastft.plan import Choices
 from fastft.plan_store import PlanStore
-from fastft.planning import Resolution, divisors, model_shape, resolve
+from fastft.planning import Resolution, model_shape, resolve
 from fastft.plans.run_file import record_in_saves, run_facts
 from fastft.plans.verification import Verifications
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from bench.arms import choices_for
-from fastft import planning
+from fastft import defaults, planning
 from fastft.config import RunConfig
 from fastft.hardware import Device
 from fastft.memory.model import estimate_peak_bytes
@@ -18,7 +18,8 @@ CONFIG = RunConfig(model="llama-3-8b", quantization="nf4", batch_size=4, sequenc
 @pytest.fixture(autouse=True)
 def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastft.hardware.detect_device", lambda *_: GPU)
-    monkeypatch.setattr(planning, "_require_backend", lambda *_: None)
+    for module in (defaults, planning):
+        monkeypatch.setattr(module, "require_backend", lambda *_: None)
 
 
 def test_the_default_arm_keeps_to_the_cap_and_looks_for_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:

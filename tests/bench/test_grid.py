@@ -11,7 +11,7 @@ from bench.grid import GRID, Axes, configurations, free, is_uniform, measure_gri
 from bench.messages import Answer
 from bench.trial_file import TrialFile
 from bench.trials import Deadline, Steps
-from fastft import planning
+from fastft import defaults
 from fastft.config import RunConfig
 from fastft.errors import ConfigError, MeasureError
 from fastft.hardware import Device
@@ -25,7 +25,7 @@ SMALL = Axes(parts=1, loss_chunks=(2048,), mlp_chunks=(None,))
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, model: str, axes: Axes | None = None, **changes):
-    monkeypatch.setattr(planning, "_require_backend", lambda *_: None)
+    monkeypatch.setattr(defaults, "require_backend", lambda *_: None)
     config = RunConfig(**{"model": model, "batch_size": 8, "sequence_tokens": 2048, "backend": "triton", **changes})
     # `free` lets the device choose the backend; here there is none to choose.
     monkeypatch.setattr("bench.grid.free", lambda given: free(given).model_copy(update={"backend": "triton"}))

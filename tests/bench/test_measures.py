@@ -15,7 +15,7 @@ from bench.grid import make_header
 from bench.measures import MEASURES, MEASURES_FILE, TRIALS, compare_measures, measures_of
 from bench.trial_file import TrialFile
 from bench.trials import Deadline, Steps
-from fastft import planning
+from fastft import defaults
 from fastft.config import RunConfig
 from fastft.errors import ConfigError
 from fastft.hardware import Device, detect_device
@@ -33,7 +33,7 @@ TOKENS = TOY.batch_size * TOY.sequence_tokens
 
 
 def found(monkeypatch: pytest.MonkeyPatch, device: Device = GPU, **changes: Any) -> dict[str, Choices]:
-    monkeypatch.setattr(planning, "_triton_installed", lambda: True)
+    monkeypatch.setattr(defaults, "_triton_installed", lambda: True)
     config = RUN.model_copy(update=changes)
     return measures_of(config, SHAPES[config.model], device)
 
