@@ -20,7 +20,7 @@ from typing import Any
 
 from bench.provenance import provenance, utc_now
 from bench.trial_file import Header, TrialFile
-from bench.trials import Deadline, Steps, measure_trials
+from bench.trials import Deadline, Steps, measure_trials, numbered
 from fastft.config import RunConfig
 from fastft.defaults import default_for, divisors
 from fastft.errors import ConfigError, unknown_choice
@@ -30,6 +30,7 @@ from fastft.memory.model import memory_terms, records
 from fastft.models.shapes import ModelShape
 from fastft.plan import OFFLOADED, POLICIES, Choices, Policy, Trial
 from fastft.planning import model_shape, plan_key
+from fastft.units import gib
 
 GRAPH_MODES = ("auto", "off")
 GRID = "grid.jsonl"
@@ -220,13 +221,10 @@ def measure_grid(
     done = len(wanted) - len(missing)
     if missing:
         say(f"grid: {len(wanted)} configurations, {done} measured before")
-
-    def show(trial: Trial) -> None:
-        nonlocal done
-        done += 1
-        say(f"[{done}/{len(wanted)}] {describe(trial)}")
-
-    measure_trials(config, missing, file, steps=steps, deadline=deadline, on_trial=show)
+    show = numbered(say, done, len(wanted))
+    measure_trials(
+        config, missing, file, steps=steps, deadline=deadline, on_trial=lambda trial: show(describe(trial))
+    )  # fmt: skip
     known = measured(file, failures=True)
     trials = [known[name] for choices in wanted if (name := choices.model_dump_json()) in known]
     return Grid(header, trials, len(wanted))
@@ -253,7 +251,7 @@ def describe(trial: Trial) -> str:
     """A trial as one line."""
     outcome = trial.verdict.replace("_", " ")
     if trial.verdict == "ok":
-        outcome = f"{trial.tokens_per_second or 0:,.0f} tokens/s, peak {(trial.peak_bytes or 0) / 2**30:.2f} GiB"
+        outcome = f"{trial.tokens_per_second or 0:,.0f} tokens/s, peak {gib(trial.peak_bytes or 0)}"
     elif trial.detail:
         outcome += f": {trial.detail.splitlines()[0][:160]}"
     return f"{trial.choices.summary()}: {outcome}"

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bench.grid import describe, free, make_header
 from bench.results import Result, facts
 from bench.trial_file import TrialFile
-from bench.trials import Deadline, Steps, measure_trials
+from bench.trials import Deadline, Steps, measure_trials, numbered
 from bench.turns import speed_over_turns, still_to_measure
 from fastft.config import RunConfig
 from fastft.defaults import default_choices, resolve_backend
@@ -229,16 +229,13 @@ def compare_measures(
     file = TrialFile(folder / TRIALS)
     header = file.begin(make_header(config, shape, device, {"steps": asdict(steps)}))
     missing, total = still_to_measure(list(wanted.values()), turns, _settled(file.trials())), len(wanted) * turns
-    done = total - len(missing)
     if missing:
         say(f"measures: {len(wanted)}, {turns} times; {len(missing)} measurements to go")
-
-    def show(trial: Trial) -> None:
-        nonlocal done
-        done += 1
-        say(f"[{done}/{total}] {names[trial.choices.model_dump_json()]}: {describe(trial)}")
-
-    measure_trials(config, missing, file, steps=steps, deadline=deadline, on_trial=show)
+    show = numbered(say, total - len(missing), total)
+    measure_trials(
+        config, missing, file, steps=steps, deadline=deadline,
+        on_trial=lambda trial: show(f"{names[trial.choices.model_dump_json()]}: {describe(trial)}"),
+    )  # fmt: skip
     trials = file.trials()
     if not names.keys() <= {trial.choices.model_dump_json() for trial in trials}:
         return None

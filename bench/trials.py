@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from bench.messages import TrialsRequest
 from bench.runner import ask_worker, worker_environment
@@ -49,6 +50,12 @@ class Deadline:
     def passed(self, expected_seconds: float = 0.0) -> bool:
         """Whether what takes so long would not end by then."""
         return self.at is not None and time.monotonic() + expected_seconds >= self.at
+
+
+def numbered(say: Callable[[str], None], done: int, total: int) -> Callable[[str], None]:
+    """`say`, with `[5/12] ` before each text: which of `total` it is of, after `done` others."""
+    number = count(done + 1)
+    return lambda text: say(f"[{next(number)}/{total}] {text}")
 
 
 def measure_trials(

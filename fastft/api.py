@@ -32,6 +32,7 @@ from fastft.plan_store import PlanStore, read_foreign_plan
 from fastft.plans.run_file import record_in_saves, run_facts
 from fastft.plans.shipped import MAY_DIFFER, ShippedPlans, choices_here, launches_hold
 from fastft.plans.verification import Verifications
+from fastft.units import gib
 
 log = logging.getLogger("fastft")
 
@@ -391,7 +392,7 @@ class _AutoPlacement:
             log.info("no plan is cached; by estimate: %s", chosen.summary())
         else:
             chosen = smallest(shape, default, config, device=device)
-            log.warning("nothing is predicted to fit %.2f GiB; taking the smallest", self._cap / 2**30)
+            log.warning("nothing is predicted to fit %s; taking the smallest", gib(self._cap))
         if not self._residents:
             chosen = chosen.model_copy(update={"resident_layers": 0})
         self._now = chosen

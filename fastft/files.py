@@ -60,7 +60,7 @@ def append_line(
     text: str,
     *,
     name: str | None = None,
-    fix: str = "free some space or choose a folder that you may write to",
+    fix: str = _ANOTHER_FOLDER,
 ) -> None:
     """Add one line to `path`, on disk when this returns; its folder is made.
 

@@ -12,6 +12,27 @@ _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
+class AllocatorCounters:
+    """The CUDA allocator's peak (bytes) and retries, since `start`."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        """None is the current device."""
+        self._device = device
+        self._retries = 0
+
+    def start(self) -> None:
+        """Forget the peak so far: loading a model may have needed more than training it."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._retries = self._all_retries()
+
+    def read(self) -> tuple[int, int]:
+        """(peak bytes, retries); known to the host, so the device is not waited for."""
+        return torch.cuda.max_memory_allocated(self._device), self._all_retries() - self._retries
+
+    def _all_retries(self) -> int:
+        return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))
+
+
 class PeakMemory:
     """Watches memory from `start` (the model is loaded) to `stop`.
 
@@ -21,7 +42,7 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._model_bytes = 0
-        self._retries = 0
+        self._counters = AllocatorCounters(device)
 
     def start(self) -> None:
         """Take what stands now as the model, and forget the peaks so far."""
@@ -30,8 +51,7 @@ class PeakMemory:
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
             self._model_bytes = torch.cuda.memory_allocated(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._retries = torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0)
+            self._counters.start()
             return
         _return_free_pages()
         self._model_bytes = resident_bytes()
@@ -43,13 +63,13 @@ class PeakMemory:
         """The peak since `start`."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-            retries = torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0)
+            peak_bytes, retries = self._counters.read()
             return Memory(
                 kind="cuda_allocated",
                 model_bytes=self._model_bytes,
-                peak_bytes=torch.cuda.max_memory_allocated(self._device),
+                peak_bytes=peak_bytes,
                 peak_reserved_bytes=torch.cuda.max_memory_reserved(self._device),
-                allocator_retries=retries - self._retries,
+                allocator_retries=retries,
             )
         return Memory(kind="rss", model_bytes=self._model_bytes, peak_bytes=peak_resident_bytes())
 

@@ -169,22 +169,18 @@ def _options(
     tokens = choices.micro_batch * config.sequence_tokens
     a = DTYPE_BYTES.get(resolve_dtype(config.dtype, device) if device is not None else config.dtype, 2)
     on_gpu = device is None or device.kind == "cuda"
-    mlp_flops = 4.0 * (2 + shape.spec.gated) * shape.hidden * shape.intermediate * shape.layers
     of_host = float(shape.hidden * a * _FLOPS_A_MOVED_BYTE)
     of_launches = max(0.0, _LAUNCHING_FLOPS / tokens - step_flops(shape, config.sequence_tokens)) * shape.layers
     recorded = records(shape, choices, config, device)
     of_graphs = {choices.graphs: 0.0, **({"off": of_launches} if recorded else {})}
     of_homes = {False: 0.0, **({True: of_host} if on_gpu and not shape.tied_embeddings else {})}
     for (graphs, price), (host, more) in product(of_graphs.items(), of_homes.items()):
+        launched = on_gpu and (graphs == "off" or not recorded)
         for loss_chunk in dict.fromkeys((choices.loss_chunk_tokens, min(choices.loss_chunk_tokens, SMALL_LOSS_CHUNK))):
             halvings = (choices.loss_chunk_tokens / loss_chunk - 1) / 2
             of_loss = _SMALLER_PRODUCTS * halvings * 4.0 * shape.hidden * shape.vocabulary
             for mlp_chunk in (None, *(chunk for chunk in MLP_CHUNKS if chunk < tokens)):
-                of_mlp = 0.0
-                if mlp_chunk is not None:
-                    of_mlp = _SMALLER_PRODUCTS * mlp_flops * (8192 / mlp_chunk) / 2
-                    if on_gpu and (graphs == "off" or not recorded):
-                        of_mlp += max(0.0, _TILE_LAUNCHING_FLOPS / mlp_chunk * shape.layers - mlp_flops)
+                of_mlp = 0.0 if mlp_chunk is None else _tiles_price(shape, mlp_chunk, launched=launched)
                 yield (
                     choices.model_copy(
                         update={
@@ -197,6 +193,14 @@ def _options(
                     ),
                     price + more + of_loss + of_mlp,
                 )
+
+
+def _tiles_price(shape: ModelShape, mlp_chunk: int, *, launched: bool) -> float:
+    """FLOPs a token for MLPs by tiles of `mlp_chunk` tokens: smaller products, and where tiles are `launched` one by
+    one, not replayed, how much longer the host takes for that than the GPU computes."""
+    mlp_flops = 4.0 * (2 + shape.spec.gated) * shape.hidden * shape.intermediate * shape.layers
+    waits = max(0.0, _TILE_LAUNCHING_FLOPS / mlp_chunk * shape.layers - mlp_flops) if launched else 0.0
+    return _SMALLER_PRODUCTS * mlp_flops * (8192 / mlp_chunk) / 2 + waits
 
 
 def _with_residents(

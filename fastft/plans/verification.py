@@ -17,6 +17,7 @@ from fastft.errors import PlanError
 from fastft.files import canonical_json, write_atomically
 from fastft.plan import Plan, PlanKey
 from fastft.plans.shipped import measured_peak_bytes
+from fastft.units import gib
 
 PEAK_ALLOWANCE = 1.02
 """By how much a run may need more than the tuner measured: the allocator rounds by the order of its requests."""
@@ -74,7 +75,7 @@ def judge(plan: Plan, *, peak_bytes: int, allocator_retries: int) -> Verificatio
     expected = measured_peak_bytes(plan)
     if expected is None:
         return None
-    figures = f"peak {peak_bytes / 2**30:.2f} GiB, {expected / 2**30:.2f} GiB when it was made"
+    figures = f"peak {gib(peak_bytes)}, {gib(expected)} when it was made"
     if allocator_retries:
         return rejected(plan, f"the allocator ran short {allocator_retries} times; {figures}")
     if peak_bytes > PEAK_ALLOWANCE * expected:

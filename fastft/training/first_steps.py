@@ -3,35 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import transformers
 
 from fastft.errors import OutputError
 from fastft.hardware import Device
+from fastft.measure.memory import AllocatorCounters
 from fastft.plan import Plan, PlanKey
 from fastft.plans.verification import Verification, Verifications, judge, rejected
 
 CHECKED_STEPS = 5
 """Optimizer steps: the optimizer has its states after the first, and graphs are recorded by the third."""
-
-
-class AllocatorCounters:
-    """The CUDA allocator's peak (bytes) and retries, since `start`."""
-
-    def __init__(self) -> None:
-        self._retries = 0
-
-    def start(self) -> None:
-        """Forget the peak so far: loading a model may have needed more than training it."""
-        torch.cuda.reset_peak_memory_stats()
-        self._retries = self._all_retries()
-
-    def read(self) -> tuple[int, int]:
-        """(peak bytes, retries); known to the host, so the device is not waited for."""
-        return torch.cuda.max_memory_allocated(), self._all_retries() - self._retries
-
-    def _all_retries(self) -> int:
-        return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
 
 
 def counters_for(device: Device) -> AllocatorCounters | None:

@@ -23,6 +23,7 @@ from fastft.plan_store import PlanStore
 from fastft.planning import Resolution, model_shape, resolve
 from fastft.plans.run_file import record_in_saves, run_facts
 from fastft.plans.verification import Verifications
+from fastft.units import gib
 
 log = logging.getLogger("fastft")
 
@@ -161,7 +162,7 @@ def _train(
     retries = memory.allocator_retries
     message = (
         f"adapter saved to {output}: {done.global_step} steps, loss {done.training_loss:.4f}, {rate:,.0f} tokens/s, "
-        f"peak {memory.peak_bytes / 2**30:.2f} GiB" + (f", {retries} allocator retries" if retries else "")
+        f"peak {gib(memory.peak_bytes)}" + (f", {retries} allocator retries" if retries else "")
     )
     return TrainResult(
         output, done.global_step, done.training_loss, rate, seconds, memory.peak_bytes, retries, plan_id, message

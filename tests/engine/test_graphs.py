@@ -195,12 +195,17 @@ def test_ragged_batches_share_a_recording(recorder, toy, batch_of, step, error_o
     model = toy("toy-qwen2")
     stock = [step(model, batch) for batch in batches]
     patch_model(model, backend="eager", graphs="on")
+    assert_as_stock(model, batches, stock, step, error_of)
+    assert recorder.recorded == 2
+    assert recorder.replayed == 2 * (len(batches) - WARM_RUNS)
+
+
+def assert_as_stock(model: Any, batches: Any, stock: Any, step: Any, error_of: Any) -> None:
+    """The patched model gives each batch the loss and the gradients that the stock one gave it."""
     for batch, (loss, gradients) in zip(batches, stock, strict=True):
         fused_loss, fused = step(model, batch)
         assert fused_loss == pytest.approx(loss, rel=1e-5)
         assert error_of(fused, gradients) < 1e-5
-    assert recorder.recorded == 2
-    assert recorder.replayed == 2 * (len(batches) - WARM_RUNS)
 
 
 def packed(batch: dict[str, Tensor], *lengths: int) -> dict[str, Tensor]:
@@ -219,10 +224,7 @@ def test_packed_documents_share_a_recording_wherever_they_start(recorder, toy, b
     model = toy("toy-qwen2")
     stock = [step(model, batch) for batch in batches]
     patch_model(model, backend="eager", graphs="on", strict=True)
-    for batch, (loss, gradients) in zip(batches, stock, strict=True):
-        fused_loss, fused = step(model, batch)
-        assert fused_loss == pytest.approx(loss, rel=1e-5)
-        assert error_of(fused, gradients) < 1e-5
+    assert_as_stock(model, batches, stock, step, error_of)
     # The third, fourth and sixth: the fifth has more documents than there are places, and the last none to tell apart.
     assert recorder.recorded == 2
     assert recorder.replayed == 2 * 3
@@ -235,10 +237,7 @@ def test_packed_rows_of_nearly_one_length_share_a_recording(name, recorder, toy,
     batches = [packed(batch_of("none", S=S, seed=S), S - 7, 7) for S in (24, 24, 24, 31, 64, 8, 40)]
     stock = [step(model, batch) for batch in batches]
     patch_model(model, backend="eager", graphs="on", strict=True)
-    for batch, (loss, gradients) in zip(batches, stock, strict=True):
-        fused_loss, fused = step(model, batch)
-        assert fused_loss == pytest.approx(loss, rel=1e-5)
-        assert error_of(fused, gradients) < 1e-5
+    assert_as_stock(model, batches, stock, step, error_of)
     assert recorder.recorded == 2
     assert recorder.replayed == 2 * (len(batches) - WARM_RUNS)
 
