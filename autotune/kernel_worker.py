@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from autotune.kernel_comparison import Limits, Subject, compare_launches
 from fastft.kernels.launches import OPERATIONS, Bucket, Launch, launches_used
 from fastft.plan import KernelTrial
-from fastft.processes import die_with_parent
+from fastft.processes import die_with_parent, end_at_once
 
 MARKER = "FASTFT_KERNEL "
 ROUNDS = 10
@@ -161,3 +161,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_at_once(0)

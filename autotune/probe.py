@@ -8,7 +8,6 @@ wrong inside becomes a verdict; what kills the process is the runner's to judge.
 
 import contextlib
 import gc
-import importlib
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fastft.config import RunConfig
 from fastft.plan import Choices, Trial
-from fastft.processes import die_with_parent
+from fastft.processes import die_with_parent, end_at_once, preload
 from fastft.record import Memory
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
 MARKER = "FASTFT_TRIAL "
 MAX_TIMED_STEPS = 64
-PRELOADED = ("torch", "triton.language", "transformers.models.llama.modeling_llama")
-"""Imported before the request comes, so not what looks for a device: bitsandbytes, and PEFT, which imports it."""
 
 Verdict = Literal["ok", "out_of_memory", "allocator_retry", "over_cap", "failed"]
 """What a probe itself may say; the others are its runner's and the search's."""
@@ -177,13 +174,6 @@ def _peak_reached() -> int | None:
     return None
 
 
-def preload() -> None:
-    """Import what every probe needs and takes longest."""
-    for name in PRELOADED:
-        with contextlib.suppress(ImportError):  # the measurement will say what is missing
-            importlib.import_module(name)
-
-
 def main() -> None:
     """Import, read the request from stdin, print the verdict line."""
     die_with_parent()
@@ -195,3 +185,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_at_once(0)

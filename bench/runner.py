@@ -6,38 +6,28 @@ crash must cost one repetition.  Records are on disk after each step, so an inte
 """
 
 import logging
-import os
 import secrets
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from bench.arms import find_arm, require_runnable, runnable_arms
-from bench.messages import MARKER, Answer, GateReply, GateRequest, RepetitionRequest, identify
+from bench.messages import Answer, GateReply, GateRequest, RepetitionRequest, identify
 from bench.provenance import provenance, utc_now
 from bench.scenarios import Scenario, load_scenario
-from fastft.config import RunConfig
+from bench.worker_process import ask_worker, worker_environment
 from fastft.errors import BackendError, MeasureError
 from fastft.files import canonical_json, new_folder, write_atomically
 from fastft.record import Record, write_records
-from fastft.siblings import ROOT
 
 log = logging.getLogger("fastft")
 
 RECORDS, GATES, LOGS = "records.jsonl", "gates.json", "logs"
 """What a bench folder holds: the records, the gates' full results, the workers' stderr."""
-
-WORKER_COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "bench.worker")
-"""`-P` keeps a user's own `bench` folder in the current directory from being imported instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,52 +82,6 @@ def repetition_order(arms: tuple[str, ...], repetition: int) -> tuple[str, ...]:
     """The arms of one repetition, rotated by one place from repetition to repetition: none is always first."""
     first = repetition % len(arms)
     return arms[first:] + arms[:first]
-
-
-def ask_worker(
-    request: BaseModel,
-    *,
-    log_file: Path,
-    timeout_seconds: float,
-    environment: dict[str, str],
-    while_waiting: Callable[[], None] | None = None,
-) -> Answer:
-    """Start a worker in its own process group, hand it `request`, and read its answer.
-
-    Whatever ends this call, nothing of the worker is left running.  `while_waiting` is called every second.
-
-    Raises:
-        MeasureError: the worker was killed, timed out, or answered nothing that can be read.
-    """
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    # Files instead of pipes: a pipe that nobody reads fills up, and a grandchild that keeps one open blocks.
-    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, log_file.open("wb") as stderr:
-        stdin.write(request.model_dump_json().encode())
-        stdin.seek(0)
-        process = subprocess.Popen(
-            WORKER_COMMAND, stdin=stdin, stdout=stdout, stderr=stderr, env=environment, start_new_session=True
-        )
-        try:
-            code = _wait(process, timeout_seconds, while_waiting)
-        except subprocess.TimeoutExpired:
-            raise MeasureError(
-                "the worker did not finish in time", got=f"{timeout_seconds:g} s",
-                fix="raise the scenario's timeout_seconds",
-            ) from None  # fmt: skip
-        finally:
-            _end_group(process)
-        stdout.seek(0)
-        printed = stdout.read().decode(errors="replace")
-    return _read_answer(printed, code, log_file)
-
-
-def worker_environment(config: RunConfig) -> dict[str, str]:
-    """The environment of every worker of a run, the same for all arms."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
-    if config.offline:
-        environment["HF_HUB_OFFLINE"] = "1"
-    return environment
 
 
 class _Run:
@@ -274,49 +218,3 @@ def _only_runnable(scenario: Scenario, *, explicit: bool) -> Scenario:
             fix="choose arms that this machine can run",
         )  # fmt: skip
     return scenario.changed(arms=arms)
-
-
-def _wait(process: subprocess.Popen[bytes], seconds: float, while_waiting: Callable[[], None] | None) -> int:
-    """The exit code; `subprocess.TimeoutExpired` after `seconds`."""
-    if while_waiting is None:
-        return process.wait(timeout=seconds)
-    end = time.monotonic() + seconds
-    while True:
-        left = end - time.monotonic()
-        try:
-            return process.wait(timeout=max(0.0, min(1.0, left)))
-        except subprocess.TimeoutExpired:
-            if left <= 1.0:
-                raise
-            while_waiting()
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of the worker's process group and reap the worker."""
-    with suppress(ProcessLookupError, PermissionError):  # nothing is left of it
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _read_answer(printed: str, code: int, log_file: Path) -> Answer:
-    lines = [line for line in printed.splitlines() if line.startswith(MARKER)]
-    if lines:
-        try:
-            return Answer.model_validate_json(lines[-1].removeprefix(MARKER))
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise MeasureError(
-                "the worker's answer cannot be read", got=f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
-                fix=f"see {log_file}",
-            ) from error  # fmt: skip
-    if code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-        hint = ", often for lack of memory" if name == "SIGKILL" else ""
-        raise MeasureError("the worker was killed", got=f"{name}{hint}", fix=f"see {log_file}")
-    raise MeasureError("the worker ended without an answer", got=_last_words(log_file, code), fix=f"see {log_file}")
-
-
-def _last_words(log_file: Path, code: int) -> str:
-    """The exit code and the last line of stderr."""
-    lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"exit code {code}" + (f", {lines[-1].strip()[:200]}" if lines else "")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import count
 
 from bench.messages import TrialsRequest
-from bench.runner import ask_worker, worker_environment
 from bench.trial_file import TrialFile
+from bench.worker_process import ask_worker, worker_environment
 from fastft.config import RunConfig
 from fastft.errors import MeasureError
 from fastft.plan import Choices, Trial

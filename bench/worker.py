@@ -33,7 +33,7 @@ from bench.trial_file import TrialFile
 from bench.weights import adapter_tensors, base_checksum, load_adapter
 from fastft.errors import FastftError, MeasureError, ModelError
 from fastft.files import canonical_json, write_atomically
-from fastft.processes import die_with_parent
+from fastft.processes import die_with_parent, end_at_once, preload
 from fastft.record import Accuracy, Record
 
 if TYPE_CHECKING:
@@ -251,6 +251,7 @@ def _accuracy(scenario: Scenario, session: Any, initial: "dict[str, Tensor]", be
 def main() -> int:
     """Answer the request on stdin; the exit code is 0 whenever there is an answer."""
     die_with_parent()
+    preload()
     try:
         request = Request.validate_json(sys.stdin.buffer.read())
         if isinstance(request, GateRequest):
@@ -268,4 +269,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_at_once(main())

@@ -1,20 +1,18 @@
 """`fastft tune`: measure this device once and keep the fastest plan that trains the same thing."""
 
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastft.commands.flags import KEY_FLAGS, JsonFlag, run_flags
+from fastft.commands.gradient_gate import GradientGate
 from fastft.config import RunConfig
 from fastft.console import Meter, keeping, print_json, print_line, print_table, progress, say
-from fastft.errors import ConfigError, FastftError, PlanError
-from fastft.files import write_atomically
+from fastft.errors import ConfigError, PlanError
 from fastft.hardware import Device, detect_device
 from fastft.models.shapes import SHAPES, ModelShape
-from fastft.plan import Choices, Evidence, Plan, PlanKey
+from fastft.plan import Evidence, Plan
 from fastft.plan_store import PlanStore
 from fastft.planning import model_shape, plan_key, tune_command
 from fastft.siblings import import_sibling
@@ -24,9 +22,6 @@ if TYPE_CHECKING:
     from autotune.explain import UnderCap
     from autotune.phases import Progress
     from autotune.search import DryRun, TuneResult
-
-GATE_LAYERS = 6
-"""Depth at which a shipped shape is checked: one layer a placement policy."""
 
 
 @run_flags(*KEY_FLAGS)
@@ -106,52 +101,20 @@ def tune_verified(
     shape = shape or model_shape(config, store.cache)
     key = plan_key(config, shape, device)
     meter.update(f"tuning {config.model} on {device.name}")
-    with keeping("what was measured is kept, and the same command goes on from there"):
+
+    kept = "what was measured is kept, and the same command goes on from there"
+    with keeping(kept), GradientGate(config, key, meter) as gate:
+
+        def on_progress(progress: "Progress") -> None:
+            if device.kind == "cuda" and progress.phase != "waiting":
+                gate.begin()  # while the device is busy; on a CPU it would disturb what is measured
+            _show(progress, meter)
+
         result: TuneResult = import_sibling("autotune.search").tune(
             config, effort=effort, max_minutes=max_minutes, force=force, store=store, shape=shape, device=device,
-            on_progress=lambda progress: _show(progress, meter),
-            verify_plan=lambda choices: gradients_agree(config, key, choices, meter),
+            on_progress=on_progress, verify_plan=gate.agrees,
         )  # fmt: skip
     return result
-
-
-def gradients_agree(config: RunConfig, key: PlanKey, choices: Choices, meter: Meter) -> bool:
-    """Whether the gradients of `choices` pass the bench's parity gate, in a process of its own.
-
-    Where the gate cannot say, because the fp32 reference does not fit for example, a warning says so and the answer
-    is yes: the bench asks again before it prints any ratio.
-    """
-    if choices.backend == "peft":
-        return True
-    meter.update(f"comparing the gradients of {choices.summary()} with stock PEFT")
-    bench, messages, scenarios = map(import_sibling, ("bench.runner", "bench.messages", "bench.scenarios"))
-    with tempfile.TemporaryDirectory(prefix="fastft-gate-") as folder:
-        candidate = Path(folder) / "candidate.json"
-        write_atomically(candidate, Plan(key=key, choices=choices, evidence=Evidence(trials=[])).to_json())
-        scenario = scenarios.Scenario(
-            name="tune",
-            config=config.model_copy(update={"plan": str(candidate), "backend": "auto", "micro_batch": None}),
-            arms=(choices.backend,), steps=2, data="random",
-            gate=scenarios.GateSize(layers=GATE_LAYERS if config.model in SHAPES else None),
-        )  # fmt: skip
-        try:
-            answer = bench.ask_worker(
-                messages.GateRequest(scenario=scenario, arm=choices.backend), log_file=Path(folder) / "gate.log",
-                timeout_seconds=scenario.timeout_seconds, environment=bench.worker_environment(config),
-            )  # fmt: skip
-            problem = answer.error
-        except FastftError as error:
-            answer, problem = None, str(error)
-    if answer is None or answer.gate is None:
-        meter.line(f"warning: the gradients of the plan could not be compared with stock PEFT's: {problem}")
-        return True
-    parity = answer.gate.parity
-    figures = f"relative error {parity.max_relative_error:.1e}, allowed {parity.tolerance:.1e}"
-    if parity.passed:
-        meter.line(f"gradients agree with stock PEFT's: {figures}")
-    else:
-        meter.line(f"{choices.summary()} is refused: {answer.gate.reason or figures}")
-    return bool(parity.passed)
 
 
 def _one_model(model: str | None, flag: str | None) -> str:

@@ -10,12 +10,13 @@ import pytest
 from autotune.probe import ProbeRequest, probe
 from bench.messages import Answer, GateReply, GateRequest
 from bench.worker import run_gate
-from fastft.commands import tune as verb
+from fastft.commands.gradient_gate import GradientGate
 from fastft.config import RunConfig
 from fastft.console import Meter
 from fastft.errors import MeasureError
 from fastft.hardware import detect_device
-from fastft.plan import Plan, Trial
+from fastft.models.shapes import SHAPES
+from fastft.plan import Choices, Plan, PlanKey, Trial
 from fastft.plan_store import PlanStore
 from fastft.planning import plan_key, tune_command
 
@@ -39,17 +40,39 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[ProbeRequest]:
     return requests
 
 
+class GateHere:
+    """In the place of a worker's process: `answer` in this one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Callable[[GateRequest], Answer]) -> None:
+        self.requests: list[GateRequest] = []
+        self.started = self.ended = 0
+        self.answer = answer
+        monkeypatch.setattr("bench.worker_process.Worker", self.start)
+
+    def start(self, **_: Any) -> "GateHere":
+        self.started += 1
+        return self
+
+    def __enter__(self) -> "GateHere":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended += 1
+
+    def ask(self, request: GateRequest, **_: Any) -> Answer:
+        self.requests.append(request)
+        return self.answer(request)
+
+
 @pytest.fixture
 def gated(monkeypatch: pytest.MonkeyPatch) -> list[GateRequest]:
     """The gate runs in this process."""
-    requests: list[GateRequest] = []
+    return GateHere(monkeypatch, lambda request: Answer(gate=run_gate(request))).requests
 
-    def answer(request: GateRequest, **_: Any) -> Answer:
-        requests.append(request)
-        return Answer(gate=run_gate(request))
 
-    monkeypatch.setattr("bench.runner.ask_worker", answer)
-    return requests
+def agrees(config: RunConfig, key: PlanKey, choices: Choices) -> bool:
+    with GradientGate(config, key, Meter()) as gate:
+        return gate.agrees(choices)
 
 
 def test_a_plan_is_measured_checked_and_kept(
@@ -83,7 +106,7 @@ def test_the_second_call_is_the_cache(cli: Cli, probed: list[ProbeRequest], save
 def test_force_measures_again(
     cli: Cli, probed: list[ProbeRequest], saved_plan: Plan, toy: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verb, "gradients_agree", lambda *_: True)
+    monkeypatch.setattr(GradientGate, "agrees", lambda *_: True)
     answer = json.loads(cli("tune", *toy, "--device", "cpu", "--force", "--json").stdout)
     assert answer["cached"] is False
     assert probed
@@ -118,35 +141,48 @@ def test_a_gate_without_a_verdict_is_a_warning(
     plan = make_plan()
     config = RunConfig(model="toy-llama", sequence_tokens=16, batch_size=4, device="cpu")
 
-    def killed(*_: Any, **__: Any) -> Answer:
+    def killed(_: GateRequest) -> Answer:
         raise MeasureError("the worker was killed", got="SIGKILL, often for lack of memory")
 
-    monkeypatch.setattr("bench.runner.ask_worker", killed)
-    assert verb.gradients_agree(config, plan.key, plan.choices, Meter())
+    GateHere(monkeypatch, killed)
+    assert agrees(config, plan.key, plan.choices)
     assert capsys.readouterr().err == (
         "warning: the gradients of the plan could not be compared with stock PEFT's: "
         "the worker was killed; got SIGKILL, often for lack of memory\n"
     )
-    monkeypatch.setattr("bench.runner.ask_worker", lambda *_, **__: Answer(error="OutOfMemoryError: 32 GiB"))
-    assert verb.gradients_agree(config, plan.key, plan.choices, Meter())
+    GateHere(monkeypatch, lambda _: Answer(error="OutOfMemoryError: 32 GiB"))
+    assert agrees(config, plan.key, plan.choices)
     assert "OutOfMemoryError: 32 GiB" in capsys.readouterr().err
 
 
-def test_the_gate_looks_at_the_candidate_itself(gated: list[GateRequest], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gate_looks_at_the_candidate_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mixed placement and micro-batches as they are, the depth cut to one layer a policy."""
-    from fastft.models.shapes import SHAPES
-    from fastft.plan import Choices
-
     replies: list[GateReply] = []
-    monkeypatch.setattr(
-        "bench.runner.ask_worker", lambda request, **_: Answer(gate=replies.append(run_gate(request)) or replies[-1])
-    )
+    GateHere(monkeypatch, lambda request: Answer(gate=replies.append(run_gate(request)) or replies[-1]))
     config = RunConfig(model="toy-llama", sequence_tokens=16, batch_size=4, device="cpu", memory_cap="8GiB")
     shape, device = SHAPES["toy-llama"], detect_device("cpu")
     choices = Choices(backend="eager", micro_batch=1, accumulation=4, placement=["mlp", "keep", "full"])
-    assert verb.gradients_agree(config, plan_key(config, shape, device), choices, Meter())
+    assert agrees(config, plan_key(config, shape, device), choices)
     assert replies[0].choices == choices
     assert replies[0].parity.passed
+
+
+def test_a_gate_that_was_begun_ahead_is_asked_once_and_always_ended(
+    monkeypatch: pytest.MonkeyPatch, make_plan: Callable[..., Plan]
+) -> None:
+    plan = make_plan()
+    config = RunConfig(model="toy-llama", sequence_tokens=16, batch_size=4, device="cpu")
+    processes = GateHere(monkeypatch, lambda request: Answer(gate=run_gate(request)))
+    with GradientGate(config, plan.key, Meter()) as gate:
+        gate.begin()
+        gate.begin()
+        assert (processes.started, len(processes.requests)) == (1, 0)
+        assert gate.agrees(plan.choices)
+        assert (processes.started, len(processes.requests)) == (1, 1)
+        assert gate.agrees(plan.choices)  # the next plan gets a process of its own
+        gate.begin()
+        assert (processes.started, len(processes.requests)) == (3, 2)
+    assert processes.ended == 3
 
 
 def test_a_dry_run_lists_and_measures_nothing(
@@ -195,7 +231,7 @@ def test_without_a_plan_there_is_nothing_to_explain(cli: Cli, probed: list[Probe
 def test_a_second_cap_says_what_it_took_from_the_first(
     cli: Cli, probed: list[ProbeRequest], toy: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verb, "gradients_agree", lambda *_: True)
+    monkeypatch.setattr(GradientGate, "agrees", lambda *_: True)
     assert cli("tune", *toy, "--device", "cpu").exit_code == 0
     first = len(probed)
     result = cli("tune", *toy, "--device", "cpu", "--memory-cap", "2GiB")
@@ -234,7 +270,7 @@ def test_the_command_that_a_run_prints_tunes_that_run(
         seen.append(config)
         raise MeasureError("stopped")
 
-    monkeypatch.setattr(verb, "tune_verified", stop)
+    monkeypatch.setattr("fastft.commands.tune.tune_verified", stop)
     cli(*shlex.split(tune_command(config))[1:])
     assert seen == [config]
 
