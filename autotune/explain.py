@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from autotune.memory import LayerCosts, layer_costs
-from autotune.phases import MIXED_HEADROOM
 from autotune.probe import judge_again
 from autotune.ranking import NOISE, Standings
+from autotune.space import MIXED_HEADROOM
 from fastft.config import RunConfig
 from fastft.hardware import Device
 from fastft.models.shapes import ModelShape

@@ -24,7 +24,16 @@ from autotune.memory import LayerCosts, layer_costs, predicted_too_large
 from autotune.pool import FIRST, TrialPool
 from autotune.probe import ProbeRequest
 from autotune.ranking import NOISE, Standings
-from autotune.space import EFFORTS, MEMORY_VERDICTS, EffortName, candidates, memory_limit, refinements, why_skip
+from autotune.space import (
+    EFFORTS,
+    MEMORY_VERDICTS,
+    MIXED_HEADROOM,
+    EffortName,
+    candidates,
+    memory_limit,
+    refinements,
+    why_skip,
+)
 from fastft.config import RunConfig
 from fastft.errors import MeasureError
 from fastft.hardware import Device, resolve_dtype, soft_facts, software_versions
@@ -33,8 +42,6 @@ from fastft.plan import Choices, Evidence, KernelTrial, Plan, PlanKey, Trial
 from fastft.planning import tune_command
 from fastft.units import gib
 
-MIXED_HEADROOM = 0.99
-"""Share of the limit that a solved placement may use by prediction: the fit is no better."""
 SLACK = 0.03
 """A solved placement that leaves more of the limit than this is solved again for more."""
 CORRECTIONS = 3

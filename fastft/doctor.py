@@ -5,6 +5,7 @@ is a line of the result and not its end.
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
 from fastft.errors import BackendError, FastftError
@@ -65,6 +67,7 @@ def checks() -> Iterator[Check]:
     yield _python()
     yield from _versions()
     yield from _siblings()
+    yield from _compiled_imports()
     device = detect_device()
     yield from _device(device)
     yield from _libraries(device)
@@ -103,6 +106,18 @@ def _siblings() -> Iterator[Check]:
             import_sibling(name)
         except (FastftError, ImportError) as error:
             yield Check(f"package {name}", "fail", str(error), str(getattr(error, "fix", "") or "install fastft again"))
+
+
+def _compiled_imports() -> Iterator[Check]:
+    """A line where every process, each probe of the tuner for one, compiles all that it imports anew."""
+    torch = importlib.util.find_spec("torch")
+    if not sys.dont_write_bytecode or torch is None or torch.origin is None:
+        return
+    if not Path(importlib.util.cache_from_source(torch.origin)).exists():
+        yield Check(
+            "imports", "warn", "Python keeps no compiled modules here: every process compiles its imports (seconds)",
+            "unset PYTHONDONTWRITEBYTECODE; set PYTHONPYCACHEPREFIX to a folder where site-packages cannot be written",
+        )  # fmt: skip
 
 
 def _device(device: Device) -> Iterator[Check]:

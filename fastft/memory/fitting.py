@@ -42,9 +42,10 @@ HOST_SHARE = 0.75
 """Of the host's memory, at most so much is page-locked: the rest of the machine lives there too."""
 _FLOPS_A_MOVED_BYTE = 12_000
 """What a GPU computes while a byte crosses to the host or back: H200 650e12 over 54e9, A100 250e12 over 24e9."""
-_LAUNCHING_FLOPS = 1.8e12
-"""What a GPU computes while the host launches a layer's forward and backward: some 2.7 ms (docs/log.md, 2026-11-25: at
-1.5e12 a step without graphs takes 9 % longer)."""
+_LAUNCHING_FLOPS = 2.5e12
+"""What a GPU computes while a slow host launches a layer's forward and backward: 2.7 ms on one machine, 5 to 8 on
+another (docs/log.md, 2026-11-25: with layers of 2.25e12 a step without graphs takes 0 to 40 % longer, half of them 11 %
+or more)."""
 _TILE_LAUNCHING_FLOPS = 3.3e12
 """What a GPU computes while the host launches one tile of a layer's MLP, forward and backward: some 5 ms on a slow host
 (docs/log.md, 2026-11-25: with tiles of 2,048 tokens a step of an 8B in NF4 takes a third longer)."""

@@ -1,5 +1,6 @@
 """`fastft doctor` and `fastft env`."""
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -56,6 +57,27 @@ def test_a_version_out_of_range_fails_with_the_command_that_mends_it(cli: Cli, m
     assert "fail  torch: 2.3.1, needs >=2.11,<2.14; fix: pip install 'torch>=2.11,<2.14'\n" in result.stdout
     assert "fail  peft: not installed; fix: pip install 'peft>=0.21'\n" in result.stdout
     assert result.exit_code == 1
+
+
+def test_imports_that_every_process_compiles_anew_are_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def lines() -> list[Check]:
+        return list(doctor._compiled_imports())
+
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert lines() == []  # the first process compiles, and the others find it
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (warning,) = lines()
+    assert warning.status == "warn"
+    assert "PYTHONDONTWRITEBYTECODE" in warning.fix
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    compiled = Path(importlib.util.cache_from_source(str(spec.origin)))
+    compiled.parent.mkdir(parents=True)
+    compiled.touch()
+    assert lines() == []
 
 
 def test_the_ranges_are_those_of_the_project() -> None:
