@@ -1,16 +1,13 @@
 """Running a probe, or another worker, in a spawned process, so that nothing it does can hurt the tuner.
 
-A crash, a hang and garbage on stdout are verdicts too.  The process has its own session: ending it ends its
-children.  It inherits the environment, the allocator's settings included, so that it is measured as it will run.
+A crash, a hang and garbage on stdout are verdicts too.  The process inherits the environment, the allocator's settings
+included, so that it is measured as it will run.
 """
 
 import contextlib
 import os
-import signal
-import subprocess
 import sys
 import sysconfig
-import tempfile
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +17,7 @@ from pydantic import ValidationError
 
 from autotune.probe import MARKER, ProbeRequest
 from fastft.plan import Trial
+from fastft.processes import WaitingProcess, signal_name
 from fastft.siblings import ROOT
 
 PROBE_COMMAND = (sys.executable, "-P", "-m", "autotune.probe")
@@ -102,7 +100,7 @@ class Spares:
     def __init__(self, command: Sequence[str] = PROBE_COMMAND, count: int = 1) -> None:
         """`count` at a time."""
         self._command, self._count = list(command), count
-        self._waiting: list[_Worker] = []
+        self._waiting: list[WaitingProcess] = []
 
     def __enter__(self) -> "Spares":
         return self
@@ -123,9 +121,9 @@ class Spares:
             worker = self._take()
         except OSError as error:
             return Ended([], None, False, f"cannot start {what}: {error}", "")
-        return worker.answer(request, marker, timeout_seconds, what)
+        return _answer(worker, request, marker, timeout_seconds, what)
 
-    def _take(self) -> "_Worker":
+    def _take(self) -> WaitingProcess:
         while self._waiting:
             worker = self._waiting.pop(0)
             if worker.waits:
@@ -136,62 +134,25 @@ class Spares:
 
     def _start(self) -> None:
         while len(self._waiting) < self._count:
-            self._waiting.append(_Worker(self._command))
+            self._waiting.append(WaitingProcess(self._command, environment=_environment()))
 
 
-class _Worker:
-    """A process that answers one request."""
-
-    def __init__(self, command: Sequence[str]) -> None:
-        """Start it.
-
-        Raises:
-            OSError: it cannot be started.
-        """
-        with contextlib.ExitStack() as files:
-            # Files, not pipes: a grandchild that outlives the worker would hold a pipe open, and reading would hang.
-            self._stdout, self._stderr = (files.enter_context(tempfile.TemporaryFile()) for _ in range(2))
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=self._stdout, stderr=self._stderr, env=_environment(),
-                start_new_session=True,
-            )  # fmt: skip
-            self._files = files.pop_all()
-
-    @property
-    def waits(self) -> bool:
-        """Whether it still runs."""
-        return self._process.poll() is None
-
-    def answer(self, request: str, marker: str, timeout_seconds: float, what: str) -> Ended:
-        """Send the request, wait for the end; never raises but for an interrupt."""
-        code: int | None = None
-        timed_out, reason = False, ""
-        try:
-            try:
-                self._process.communicate(request.encode(), timeout=timeout_seconds)
-                code = self._process.returncode
-                reason = _why_silent(code, what)
-            except subprocess.TimeoutExpired:
-                timed_out, reason = True, f"no answer in {timeout_seconds:.0f} s"
-            # Before the files are read: children that a finished worker left behind might go on writing.
-            _kill_group(self._process)
-            lines = _tail(self._stdout).splitlines()
-            answers = [line.removeprefix(marker) for line in lines if line.startswith(marker)]
-            return Ended(answers, code, timed_out, reason, _last_lines(self._stderr))
-        finally:
-            self.end()  # also when the tuner is interrupted
-
-    def end(self) -> None:
-        """Kill it and its children; what they wrote is gone."""
-        _kill_group(self._process)
-        self._files.close()
+def _answer(process: WaitingProcess, request: str, marker: str, timeout_seconds: float, what: str) -> Ended:
+    """Ask the process and end it; never raises but for an interrupt."""
+    with process:  # also when the tuner is interrupted
+        code = process.ask(request, timeout_seconds=timeout_seconds)
+        # Only now: children that a finished worker left behind might have gone on writing.
+        lines = _tail(process.stdout).splitlines()
+        answers = [line.removeprefix(marker) for line in lines if line.startswith(marker)]
+        reason = f"no answer in {timeout_seconds:.0f} s" if code is None else _why_silent(code, what)
+        return Ended(answers, code, code is None, reason, _last_lines(process.stderr))
 
 
 def _why_silent(code: int, what: str) -> str:
     if code >= 0:
         return f"{what} gave no answer (exit code {code})"
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-    hint = ", as the kernel does when memory runs out" if -code == signal.SIGKILL else ""
+    name = signal_name(code)
+    hint = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
     return f"{what} was ended by {name}{hint}"
 
 
@@ -202,16 +163,6 @@ def _environment() -> dict[str, str]:
         others = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{others}" if others else str(ROOT)
     return environment
-
-
-def _kill_group(process: "subprocess.Popen[bytes]") -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=30)  # a process in an uninterruptible driver call cannot be waited for
-    if process.stdin is not None:
-        with contextlib.suppress(OSError):  # what it did not read is lost with it
-            process.stdin.close()
 
 
 def _tail(stream: IO[bytes]) -> str:

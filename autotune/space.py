@@ -249,14 +249,13 @@ def refinements(
 
 
 def _other_placements(leader: Trial, config: RunConfig, shape: ModelShape, device: Device) -> list[list[Policy]]:
-    choices = leader.choices
-    if uniform_policy(choices) in ("keep", "light"):
+    """What may be faster than the leader's placement, all else equal."""
+    choices, policy = leader.choices, uniform_policy(leader.choices)
+    if policy == "light":
         saved = memory_terms(shape, choices, config, device).saved
         # With the norms of most families `keep` is `light` by another name.
-        return (
-            [["keep"] * shape.layers] if saved["keep"] != saved["light"] and uniform_policy(choices) == "light" else []
-        )
-    if leader.peak_bytes is None:
+        return [["keep"] * shape.layers] if saved["keep"] != saved["light"] else []
+    if policy == "keep" or leader.peak_bytes is None:
         return []
     unforeseen = leader.peak_bytes - estimate_peak_bytes(shape, choices, config, device=device)
     room = round(MIXED_HEADROOM * memory_limit(config, device)) - unforeseen

@@ -155,7 +155,7 @@ def test_spares_are_started_together_and_serve_one_request_each() -> None:
         spares.run("", "> ", 20.0, what="it")
         assert spares._waiting == []
         spares.run("", "> ", 20.0, what="it")
-        left = [worker._process.pid for worker in spares._waiting]
+        left = [worker.process.pid for worker in spares._waiting]
         assert len(left) == 2
     assert all(map(gone, left)), "nobody waits for a tuner that is gone"
 
@@ -164,7 +164,7 @@ def test_a_batch_may_begin_before_anybody_asks() -> None:
     with Spares([sys.executable, "-S", "-c", ECHO], count=2) as spares:
         spares.begin()
         spares.begin()
-        waiting = [worker._process.pid for worker in spares._waiting]
+        waiting = [worker.process.pid for worker in spares._waiting]
         assert len(waiting) == 2
         answer = spares.run("request", "> ", 20.0, what="it").answers[0]
         assert answer.split() == ["request", str(waiting[0])]
@@ -177,8 +177,8 @@ def test_a_spare_that_died_while_it_waited_is_not_asked() -> None:
     with Spares([sys.executable, "-S", "-c", ECHO], count=2) as spares:
         spares.run("", "> ", 20.0, what="it")
         (spare,) = spares._waiting
-        spare._process.kill()
-        spare._process.wait()
+        spare.process.kill()
+        spare.process.wait()
         assert spares.run("again", "> ", 20.0, what="it").answers[0].startswith("again")
 
 

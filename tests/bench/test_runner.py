@@ -230,7 +230,7 @@ def test_an_interrupt_keeps_what_was_measured_and_stops_the_worker(fake, monkeyp
                 raise KeyboardInterrupt
             return super().wait(timeout)
 
-    monkeypatch.setattr(worker_process.subprocess, "Popen", Interrupted)
+    monkeypatch.setattr("fastft.processes.subprocess.Popen", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         fake({"repetition eager-1": "hang"})
     assert [f"{record.arm}-{record.repetition}" for record in read_records(fake.output)] == ["peft-0", "eager-0"]
