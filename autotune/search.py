@@ -27,12 +27,13 @@ from fastft.plan import Choices, Plan, Trial
 from fastft.plan_store import PlanStore
 from fastft.planning import model_shape, plan_key
 
-ASSUMED_PROBE_SECONDS = {"cuda": 25.0, "cpu": 10.0}
-"""Where none was measured yet: imports, loading and a few steps of an 8B model on an H200 (docs/log.md), or of the
-model `tiny` on two cores."""
+ASSUMED_PROBE_SECONDS = {"cuda": 15.0, "cpu": 10.0}
+"""Where none was measured yet: 7 s for a few steps of an 8B model on an H100 (docs/log.md), and as much to read a real
+one from disk; or the model `tiny` on two cores."""
 
-MOST_SPARES = 8
-"""Each holds some 700 MB of host memory, and nothing on the GPU, until it has its request."""
+SPARE_HOST_BYTES = 2**30
+"""What a probe holds of the host's memory until it has its request, and nothing on the GPU; all of them may hold a
+quarter."""
 
 _log = logging.getLogger(__name__)
 
@@ -191,8 +192,13 @@ def _with_time_limit(
 
 
 def _spares(device: Device) -> int:
-    """How many probes import together: as many as do not crowd the host, and on a CPU none beside a measurement."""
-    return max(1, min(MOST_SPARES, device.cores // 2)) if device.kind == "cuda" else 1
+    """How many probes import together: all of quick's if that does not crowd the host, and on a CPU none beside a
+    measurement."""
+    if device.kind != "cuda":
+        return 1
+    host = device.host_memory_bytes
+    room = device.cores if host is None else host // (4 * SPARE_HOST_BYTES)
+    return max(1, min(EFFORTS["quick"].probes or 1, device.cores - 2, room))
 
 
 @contextmanager

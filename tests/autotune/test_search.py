@@ -18,7 +18,7 @@ from autotune.phases import VERIFICATION_SECONDS, Progress
 from autotune.probe import ProbeRequest, judge
 from autotune.ranking import NOISE
 from autotune.runner import Ended
-from autotune.search import dry_run, tune
+from autotune.search import _spares, dry_run, tune
 from autotune.space import EFFORTS, LOSS_CHUNKS, default_candidate, uniform_policy
 from fastft.config import RunConfig
 from fastft.errors import ConfigError, MeasureError
@@ -403,8 +403,8 @@ def test_dry_run_lists_what_might_be_probed(store: PlanStore) -> None:
     assert all(choices in dry.candidates for choices in uniform)
     assert dry.probes is not None
     assert len(gpu.requests) <= dry.probes
-    assert (dry.probe_seconds, dry.probe_seconds_measured) == (25.0, False)
-    assert dry.minutes == pytest.approx((20 + 25 * dry.probes + 25) / 60)
+    assert (dry.probe_seconds, dry.probe_seconds_measured) == (15.0, False)
+    assert dry.minutes == pytest.approx((20 + 15 * dry.probes + 25) / 60)
 
 
 def test_a_dry_run_knows_how_long_probes_took(store: PlanStore) -> None:
@@ -598,3 +598,17 @@ def test_a_probe_is_given_up_at_the_deadline(store: PlanStore, monkeypatch: pyte
         [], 0, False, "", ""))  # fmt: skip
     assert limits[0] == EFFORTS["quick"].timeout_seconds, "the default is measured in any case"
     assert limits[1:] == [50.0, 40.0, 30.0, 20.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    ("device", "count"),
+    [
+        (replace(GPU, cores=16, host_memory_bytes=125 * GIB), 9),  # all of quick's
+        (replace(GPU, cores=8, host_memory_bytes=125 * GIB), 6),
+        (replace(GPU, cores=16, host_memory_bytes=16 * GIB), 4),
+        (replace(GPU, cores=2), 1),
+        (replace(CPU, cores=64), 1),  # it would import beside a measurement
+    ],
+)
+def test_as_many_probes_import_ahead_as_the_host_has_room_for(device: Device, count: int) -> None:
+    assert _spares(device) == count
