@@ -5,7 +5,8 @@
 2. uniform candidates (`space.candidates`), without those that what was measured rules out
 3. mixed placements from the solver, each confirmed by a probe
 4. refinements: what leads with one thing changed, again from there whenever that is faster
-5. the finalists again, interleaved, so that drift of the clocks hits all alike
+5. the finalists again, interleaved, so that drift of the clocks hits all alike; leader and default once more while the
+   lead could still be luck
 6. the fastest; within the noise, the first in a fixed order
 """
 
@@ -44,6 +45,8 @@ from fastft.units import gib
 
 SLACK = 0.03
 """A solved placement that leaves more of the limit than this is solved again for more."""
+CLEAR_LEAD = 2.0
+"""Times the noise, from which on a lead over the default is no luck."""
 CORRECTIONS = 3
 """How often a solved placement is measured and corrected."""
 
@@ -308,14 +311,33 @@ class Search:
         # There and back: a steady drift favours nobody over two turns.
         turns = [finalists if turn % 2 else finalists[::-1] for turn in range(self.level.retime_rounds)]
         turns += [unmeasured]
-        left = sum(map(len, turns))
+        left = sum(map(len, turns)) + 2 * self.level.confirmations
         for turn, of_turn in enumerate(turns, 1):
             for choices in of_turn:
                 if not self._may_probe(finalists=True):
                     return finalists if all(map(self._is_measured, finalists)) else None
                 left -= 1
                 self._measure("finalists", choices, left, turn=FIRST + turn)
+        self._confirm_lead(finalists, FIRST + len(turns) + 1)
         return finalists
+
+    def _confirm_lead(self, finalists: Sequence[Choices], turn: int) -> None:
+        """Time the winner and the default again while the lead is within twice the noise and measurements are left: the
+        same machine should choose the same the next time."""
+        default, left = self.trials[0].choices, 2 * self.level.confirmations
+        for number in range(self.level.confirmations):
+            winner = self._standings.winner(finalists)
+            if winner is None or winner == default:
+                return
+            speed, of_default = self._standings.speed(winner), self._standings.speed(default)
+            clear = 1 + CLEAR_LEAD * self._standings.noise
+            if speed is None or of_default is None or speed >= clear * of_default:
+                return
+            for choices in (winner, default):
+                if self._probes >= self.level.most_probes or not self._may_probe(finalists=True):
+                    return
+                left -= 1
+                self._measure("finalists", choices, left, turn=turn + number)
 
     def _is_measured(self, choices: Choices) -> bool:
         """Whether this tuning measured it."""

@@ -62,8 +62,8 @@ class Effort:
     """How much time tuning may take."""
 
     minutes: float | None
-    """By default, on a GPU; None for as long as it takes.  At 25 s a probe of an 8B model, 20 or 180 s for the kernels
-    and 25 s for the check of the gradients, the probes below take so long."""
+    """By default, on a GPU; None for as long as it takes.  At 20 s a probe, 20 or 180 s for the kernels and 25 s for
+    the check of the gradients, the probes below take so long."""
     probes: int | None
     """New measurements at most; None for no limit."""
     uniform_probes: int | None
@@ -82,6 +82,8 @@ class Effort:
     """Whether plain PyTorch is tried beside Triton."""
     finalists: int
     retime_rounds: int
+    confirmations: int
+    """How often leader and default are timed once more while the lead is within twice the noise."""
     warmup_steps: int
     timed_steps: int
     """Optimizer steps after the warm-up; at least 3."""
@@ -95,7 +97,7 @@ class Effort:
     @property
     def repetitions(self) -> int:
         """Measurements that the finalists take, at most."""
-        return self.finalists * self.retime_rounds
+        return self.finalists * self.retime_rounds + 2 * self.confirmations
 
     @property
     def most_probes(self) -> float:
@@ -105,18 +107,18 @@ class Effort:
 
 EFFORTS: dict[EffortName, Effort] = {
     "quick": Effort(
-        minutes=5, probes=9, uniform_probes=5, mixed_probes=2, refinements=3, refined_values=1,
-        below=2, above=2, eager_on_gpu=False, finalists=2, retime_rounds=1,
+        minutes=5, probes=11, uniform_probes=5, mixed_probes=2, refinements=3, refined_values=1,
+        below=2, above=2, eager_on_gpu=False, finalists=2, retime_rounds=1, confirmations=1,
         warmup_steps=2, timed_steps=4, timeout_seconds=600, launches=3, kernel_seconds=20,
     ),
     "full": Effort(
-        minutes=15, probes=25, uniform_probes=12, mixed_probes=4, refinements=8, refined_values=2,
-        below=4, above=4, eager_on_gpu=True, finalists=3, retime_rounds=2,
+        minutes=15, probes=29, uniform_probes=12, mixed_probes=4, refinements=8, refined_values=2,
+        below=4, above=4, eager_on_gpu=True, finalists=3, retime_rounds=2, confirmations=2,
         warmup_steps=3, timed_steps=8, timeout_seconds=900, launches=None, kernel_seconds=180,
     ),
     "exhaustive": Effort(
         minutes=None, probes=None, uniform_probes=None, mixed_probes=24, refinements=None, refined_values=None,
-        below=64, above=64, eager_on_gpu=True, finalists=6, retime_rounds=3,
+        below=64, above=64, eager_on_gpu=True, finalists=6, retime_rounds=3, confirmations=3,
         warmup_steps=3, timed_steps=12, timeout_seconds=1800, launches=None, kernel_seconds=600,
     ),
 }  # fmt: skip

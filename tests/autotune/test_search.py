@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -515,7 +516,8 @@ def test_under_another_cap_only_what_is_new_is_probed(
     fresh = [trial.choices for trial in plan.evidence.trials if not trial.reused]
     assert plan.choices in fresh
     finalists = [c for c, phase in zip(second.probed(), phases, strict=True) if phase == "finalists"]
-    assert {fresh.count(choices) for choices in finalists} == {2}
+    (times,) = {fresh.count(choices) for choices in finalists}
+    assert times >= 2
     assert len(second.requests) <= EFFORTS["quick"].most_probes
     assert second.peak(plan.choices) <= (cap or second.memory_bytes)
     alone = run(PlanStore(store.cache / "alone"), FakeGpu(), capped(second_cap)).plan
@@ -603,7 +605,7 @@ def test_a_probe_is_given_up_at_the_deadline(store: PlanStore, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("device", "count"),
     [
-        (replace(GPU, cores=16, host_memory_bytes=125 * GIB), 9),  # all of quick's
+        (replace(GPU, cores=16, host_memory_bytes=125 * GIB), 11),  # all of quick's
         (replace(GPU, cores=8, host_memory_bytes=125 * GIB), 6),
         (replace(GPU, cores=16, host_memory_bytes=16 * GIB), 4),
         (replace(GPU, cores=2), 1),
@@ -612,3 +614,19 @@ def test_a_probe_is_given_up_at_the_deadline(store: PlanStore, monkeypatch: pyte
 )
 def test_as_many_probes_import_ahead_as_the_host_has_room_for(device: Device, count: int) -> None:
     assert _spares(device) == count
+
+
+@pytest.mark.parametrize(("challenger", "wins", "timed"), [(1.0, False, 3), (1.2, True, 2), (0.9, False, 1)])
+def test_a_lead_that_may_be_luck_is_timed_again(challenger: float, wins: bool, timed: int, store: PlanStore) -> None:
+    """On a CPU, whose noise is 5 %: the default is disturbed by 6 % in its first two trials."""
+    trials = Counter[int]()
+
+    def speed(choices: Choices) -> float:
+        chunk = choices.loss_chunk_tokens
+        trials[chunk] += choices.backend == "eager"
+        return challenger if chunk == 4096 else 0.94 if trials[chunk] <= 2 else 1.0
+
+    plan = run(store, FakeGpu(speed=speed), shape=SHAPES[CONFIG.model], device=CPU).plan
+    default = plan.evidence.trials[0].choices
+    assert (plan.choices.loss_chunk_tokens == 4096) == wins
+    assert sum(trial.choices == default for trial in plan.evidence.trials) == timed

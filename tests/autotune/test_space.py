@@ -152,13 +152,14 @@ def test_the_promising_come_first_and_stock_soon(device: Device) -> None:
 
 
 def test_the_efforts_keep_to_their_minutes_on_an_h200() -> None:
-    """An 8B model in NF4 at 2,048 tokens: up to 25 s a probe, and as much for the check of the gradients."""
+    """An 8B model in NF4 at 2,048 tokens: 7 s a probe and 5 for the check of the gradients (docs/log.md); up to 20 and
+    25 with what a slow disk adds."""
     for name in ("quick", "full"):
         effort = EFFORTS[name]
         assert effort.probes is not None
         assert effort.minutes is not None
         assert effort.uniform_probes is not None
-        assert effort.kernel_seconds + 25 * effort.probes + 25 <= 60 * effort.minutes
+        assert effort.kernel_seconds + 20 * effort.probes + 25 <= 60 * effort.minutes
         assert effort.uniform_probes + effort.mixed_probes + effort.repetitions <= effort.probes
 
 

@@ -191,12 +191,12 @@ def test_a_dry_run_lists_and_measures_nothing(
     result = cli("tune", *toy, "--device", "cpu", "--dry-run")
     lines = result.stdout.splitlines()
     assert lines[0] == "  1. eager, 4×1 sequences, placement 3×light (the default)"
-    assert lines[-2].startswith("at most 9 measurements, ")
+    assert lines[-2].startswith("at most 11 measurements, ")
     assert "of 10 s each (assumed, none was measured here yet)" in lines[-2]
-    assert lines[-1] == "it ends after 1 min 55 s at most; nothing was measured now"
+    assert lines[-1] == "it ends after 2 min 15 s at most; nothing was measured now"
     cost = json.loads(cli("tune", *toy, "--device", "cpu", "--dry-run", "--json").stdout)
     assert len(cost["candidates"]) == len(lines) - 3 >= 2  # stock PEFT among them
-    assert (cost["probes"], cost["probe_seconds"], cost["probe_seconds_measured"]) == (9, 10.0, False)
+    assert (cost["probes"], cost["probe_seconds"], cost["probe_seconds_measured"]) == (11, 10.0, False)
     assert probed == []
     assert not store.cache.exists()
 
