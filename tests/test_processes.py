@@ -12,6 +12,21 @@ from fastft.siblings import ROOT
 
 WITH_FASTFT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
+CHILD = """
+import time
+from fastft.processes import die_with_parent
+die_with_parent()
+print("up", flush=True)
+time.sleep(60)
+"""
+PARENT = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], stdout=subprocess.PIPE, text=True)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
 
 def start(code: str) -> WaitingProcess:
     return WaitingProcess([sys.executable, "-S", "-c", code], environment=dict(os.environ))
@@ -118,3 +133,23 @@ def test_what_is_imported_ahead_makes_no_context_on_a_gpu() -> None:
         "assert state == 3 or (state == 0 and not active.value), (state, active.value)"  # 3: the driver is not in use
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=WITH_FASTFT, timeout=120)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_a_worker_ends_when_what_started_it_is_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    os.kill(child, 0)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    for _ in range(100):
+        try:
+            stat = Path(f"/proc/{child}/stat").read_text()
+            if stat.rpartition(")")[2].split()[0] == "Z":  # dead; nobody has reaped it yet
+                return
+        except FileNotFoundError:
+            return
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the worker went on")

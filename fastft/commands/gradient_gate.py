@@ -38,12 +38,7 @@ class GradientGate:
 
     def begin(self) -> None:
         """Start the process, if none waits yet: it imports for as long as it then takes to compare."""
-        if self._waiting is None:
-            processes = import_sibling("bench.worker_process")
-            environment = processes.worker_environment(self._config)
-            self._waiting = self._open.enter_context(
-                processes.Worker(log_file=self._folder / "gate.log", environment=environment)
-            )
+        self._waiting = self._waiting or self._start()
 
     def agrees(self, choices: Choices) -> bool:
         """Whether the gradients of `choices` pass.
@@ -65,9 +60,7 @@ class GradientGate:
         )  # fmt: skip
         answer = None
         try:
-            self.begin()
-            assert self._waiting is not None
-            worker, self._waiting = self._waiting, None
+            worker, self._waiting = self._waiting or self._start(), None
             answer = worker.ask(
                 messages.GateRequest(scenario=scenario, arm=choices.backend), timeout_seconds=scenario.timeout_seconds
             )
@@ -75,9 +68,7 @@ class GradientGate:
         except FastftError as error:
             problem = str(error)
         if answer is None or answer.gate is None:
-            self._meter.line(
-                f"warning: the gradients of the plan could not be compared with stock PEFT's: {problem}"
-            )  # fmt: skip
+            self._meter.line(f"warning: the gradients of the plan could not be compared with stock PEFT's: {problem}")
             return True
         parity = answer.gate.parity
         figures = f"relative error {parity.max_relative_error:.1e}, allowed {parity.tolerance:.1e}"
@@ -86,3 +77,11 @@ class GradientGate:
         else:
             self._meter.line(f"{choices.summary()} is refused: {answer.gate.reason or figures}")
         return bool(parity.passed)
+
+    def _start(self) -> "Worker":
+        processes = import_sibling("bench.worker_process")
+        environment = processes.worker_environment(self._config)
+        worker: Worker = self._open.enter_context(
+            processes.Worker(log_file=self._folder / "gate.log", environment=environment)
+        )
+        return worker

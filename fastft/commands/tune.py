@@ -101,7 +101,6 @@ def tune_verified(
     shape = shape or model_shape(config, store.cache)
     key = plan_key(config, shape, device)
     meter.update(f"tuning {config.model} on {device.name}")
-
     kept = "what was measured is kept, and the same command goes on from there"
     with keeping(kept), GradientGate(config, key, meter) as gate:
 
