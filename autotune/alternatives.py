@@ -5,9 +5,9 @@ device at hand can say what came of it, so the probe does, and the search then t
 cannot run.
 """
 
-from autotune.memory import layer_windows
 from fastft.config import RunConfig
 from fastft.hardware import detect_device
+from fastft.memory.work import layer_windows
 from fastft.models.shapes import ModelShape
 from fastft.plan import Choices
 

@@ -14,7 +14,8 @@ from autotune.space import uniform_policy
 from fastft.config import RunConfig
 from fastft.files import canonical_json
 from fastft.hardware import Device
-from fastft.memory.model import memory_terms, recompute_flops, step_flops
+from fastft.memory.model import memory_terms
+from fastft.memory.work import layer_windows, recompute_flops, step_work
 from fastft.models.shapes import ModelShape
 from fastft.plan import OFFLOADED, POLICIES, Choices, Policy, Trial
 
@@ -125,7 +126,7 @@ def layer_costs(
     uniform = {p: like.model_copy(update={"placement": [p] * shape.layers}) for p in POLICIES}
     terms = memory_terms(shape, like, config, device)
     peaks = {p: terms.peak(uniform[p].placement) for p in POLICIES}
-    work = {p: _work([p] * shape.layers, shape, config, backend) for p in POLICIES}
+    work = {p: step_work(shape, uniform[p], config, device) for p in POLICIES}
     # keep's gain over light is traffic, which FLOPs do not show: unmeasured, it is not offered to the solver.
     # On a CPU there is nowhere to offload to.
     offered: list[Policy] = [p for p in POLICIES if p != "keep" and (p not in OFFLOADED or device.kind == "cuda")]
@@ -138,7 +139,7 @@ def layer_costs(
             (time, peak), work_then, peak_then = group.uniform[anchor], work[anchor], peaks[anchor]
         else:
             time, peak = group.mixed
-            work_then, peak_then = _work(placed, shape, config, backend), terms.peak(placed)
+            work_then, peak_then = step_work(shape, like, config, device), terms.peak(placed)
         measured[policy] = (time * work[policy] / work_then, peak + peaks[policy] - peak_then)
     base_bytes = min(peak for _, peak in measured.values())
     base_ms = min(time for time, _ in measured.values())
@@ -148,12 +149,6 @@ def layer_costs(
         for costs, share in zip(layers, _shares(shape, policy, config, backend), strict=True):
             costs[policy] = PolicyCost((time - base_ms) * share, saved)
     return LayerCosts(layers, base_ms, base_bytes, like, len(group.uniform))
-
-
-def layer_windows(shape: ModelShape) -> list[int | None]:
-    """How many tokens a query sees in each layer; None for all before it."""
-    kinds = shape.settings.get("layer_types", ["sliding_attention"] * shape.layers)
-    return [shape.window if kind == "sliding_attention" else None for kind in kinds]
 
 
 @dataclass
@@ -190,13 +185,6 @@ def _group(trials: Sequence[Trial], backend: str, micro_batch: int) -> _Group | 
     return max(groups.values(), key=lambda group: (len(group.uniform), -group.mixed[0]), default=None)
 
 
-def _work(placement: Sequence[Policy], shape: ModelShape, config: RunConfig, backend: str) -> float:
-    """A step's FLOPs over those without recomputation."""
-    of_policy = {policy: _recomputed(shape, policy, config, backend) for policy in set(placement)}
-    again = sum(of_policy[policy][layer] for layer, policy in enumerate(placement))
-    return 1 + again / (shape.layers * step_flops(shape, config.sequence_tokens))
-
-
 def _shares(shape: ModelShape, policy: Policy, config: RunConfig, backend: str) -> list[float]:
     """Each layer's part of what the policy costs in all; they sum to 1."""
     again = _recomputed(shape, policy, config, backend)
@@ -207,13 +195,4 @@ def _shares(shape: ModelShape, policy: Policy, config: RunConfig, backend: str) 
 def _recomputed(shape: ModelShape, policy: Policy, config: RunConfig, backend: str) -> list[float]:
     """FLOPs a token that each layer spends again."""
     tokens = config.sequence_tokens
-    everywhere = recompute_flops(shape, policy, tokens, backend)
-    attention = 2.0 * tokens * shape.heads * shape.head_dim if OFFLOADED.get(policy, policy) == "full" else 0.0
-    return [everywhere - attention * (1 - _seen_share(window, tokens)) for window in layer_windows(shape)]
-
-
-def _seen_share(window: int | None, tokens: int) -> float:
-    """Scores under a window over those of causal attention: the queries behind the first `window` see that many."""
-    if window is None or window >= tokens:
-        return 1.0
-    return (window * tokens - window * window / 2) / (tokens * tokens / 2)
+    return [recompute_flops(shape, policy, tokens, backend, window=window) for window in layer_windows(shape)]

@@ -21,7 +21,7 @@ How a LoRA linear adds its low-rank term is no choice: of the ways that `bench/k
 one in `fastft/kernels/lora_linear`, "before", was never slower than "after", at any size; "packed" gained nothing and
 "augmented" needs other weights in memory (docs/log.md, 2026-11-22, "Where to add an adapter").
 
-Candidates are ordered by `forecast.relative_time`: there may be time for the first ones only.  For stock PEFT the
+Candidates are ordered by `forecast.forecast`: there may be time for the first ones only.  For stock PEFT the
 placement says whether Hugging Face checkpoints: `light` is no, `full` is yes.
 """
 
@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from autotune.forecast import relative_time
+from autotune.forecast import forecast
 from fastft.config import RunConfig
 from fastft.defaults import default_for, divisors
 from fastft.hardware import Device
@@ -163,8 +163,8 @@ def candidates(config: RunConfig, shape: ModelShape, device: Device, effort: Eff
         for size in sizes if default.backend != "peft" else []:
             rows = default.model_copy(update={"micro_batch": size, "accumulation": config.batch_size // size})
             fitted = fit(int(FIT_SHARE * limit), shape, rows, config, device=device)
-            if fitted is not None and fitted.choices not in found:
-                found.append(fitted.choices)
+            if fitted is not None and fitted not in found:
+                found.append(fitted)
     if device.kind == "cuda" and level.eager_on_gpu and "eager" not in fused:
         fused.append("eager")
     for backend in fused:
@@ -196,15 +196,15 @@ def _ordered(found: Sequence[Choices], config: RunConfig, shape: ModelShape, dev
     def too_large(choices: Choices) -> bool:
         return estimate_peak_bytes(shape, choices, config, device=device) > limit
 
-    def forecast(choices: Choices) -> float:
-        return relative_time(choices, config, shape, device)
+    def expected(choices: Choices) -> float:
+        return forecast(choices, config, shape, device)
 
     default, *others = found
     alike: Counter[tuple[str, int]] = Counter()
     promise: dict[str, tuple[bool, int, float]] = {}
-    for choices in sorted(others, key=lambda choices: (too_large(choices), forecast(choices))):
+    for choices in sorted(others, key=lambda choices: (too_large(choices), expected(choices))):
         kind = choices.backend, choices.micro_batch
-        promise[choices.model_dump_json()] = too_large(choices), alike[kind], forecast(choices)
+        promise[choices.model_dump_json()] = too_large(choices), alike[kind], expected(choices)
         alike[kind] += 1
     others.sort(key=lambda choices: promise[choices.model_dump_json()])
     stock = next((choices for choices in others if choices.backend == "peft"), None)
@@ -265,7 +265,7 @@ def _other_placements(leader: Trial, config: RunConfig, shape: ModelShape, devic
     if fuller is None:
         return []
     then, now = (
-        relative_time(choices.model_copy(update={"placement": placement}), config, shape, device)
+        forecast(choices.model_copy(update={"placement": placement}), config, shape, device)
         for placement in (fuller, choices.placement)
     )
     return [fuller] if then < (1 - WORTH_TRYING) * now else []

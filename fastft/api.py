@@ -388,7 +388,7 @@ class _AutoPlacement:
         cap = self._cap - self._beyond_prediction(config)
         fitted = fit(cap, shape, default, config, device=device)
         if fitted is not None:
-            chosen = fitted.choices
+            chosen = fitted
             log.info("no plan is cached; by estimate: %s", chosen.summary())
         else:
             chosen = smallest(shape, default, config, device=device)

@@ -11,7 +11,8 @@ from fastft.config import RunConfig
 from fastft.errors import BackendError, PlanError, unknown_choice
 from fastft.hardware import Device
 from fastft.memory.fitting import fit, room_under, smallest
-from fastft.memory.model import estimate_peak_bytes, memory_terms, step_flops
+from fastft.memory.model import estimate_peak_bytes, memory_terms
+from fastft.memory.work import step_work
 from fastft.models.shapes import ModelShape
 from fastft.plan import Choices
 from fastft.plan_store import PLAN_BACKENDS
@@ -20,8 +21,6 @@ from fastft.units import gib
 MICRO_BATCH_TOKENS = {"cuda": 8192, "cpu": 4096}
 """The default micro-batch is the largest divisor of the global batch whose full rows have up to so many tokens: with
 more a step is hardly faster."""
-_HALF_SPEED_TOKENS = 256
-"""Assumed micro-batch at which a GPU runs at half its speed; only ranks untuned defaults under a cap."""
 
 
 class Default(NamedTuple):
@@ -115,18 +114,14 @@ def divisors(number: int) -> list[int]:
 
 
 def _fastest_under(cap: int, config: RunConfig, shape: ModelShape, device: Device, default: Choices) -> Choices | None:
-    """Over micro-batches up to the default's: the least extra work that fits, weighed against small batches."""
-    best: tuple[float, Choices] | None = None
+    """Over micro-batches up to the default's: the least work that fits; of equals the largest micro-batch."""
     sizes = [d for d in divisors(config.batch_size) if d <= default.micro_batch]
-    for size in [config.micro_batch] if config.micro_batch else reversed(sizes):
-        fitted = fit(cap, shape, _with_micro_batch(default, config, size), config, device=device)
-        if fitted is None:
-            continue
-        work = 1 + fitted.extra_flops / (shape.layers * step_flops(shape, config.sequence_tokens))
-        time = work * (1 + _HALF_SPEED_TOKENS / (size * config.sequence_tokens))
-        if best is None or time < best[0]:
-            best = time, fitted.choices
-    return None if best is None else best[1]
+    fitted = [
+        fit(cap, shape, _with_micro_batch(default, config, size), config, device=device)
+        for size in ([config.micro_batch] if config.micro_batch else reversed(sizes))
+    ]
+    found = [choices for choices in fitted if choices is not None]
+    return min(found, key=lambda choices: step_work(shape, choices, config, device), default=None)
 
 
 def _with_micro_batch(choices: Choices, config: RunConfig, size: int) -> Choices:

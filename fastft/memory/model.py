@@ -1,4 +1,4 @@
-"""How much memory a training step needs, and what recomputation costs: arithmetic on the model's shape.
+"""How much memory a training step needs: arithmetic on the model's shape.
 
 Used where nothing was measured: the default under a memory cap (`fastft.memory.fitting`), and pruning what the tuner
 need not try.  A tuned plan rests on measured peaks, never on this alone.
@@ -205,34 +205,6 @@ def _base_bytes(shape: ModelShape, choices: Choices, config: RunConfig, a: int) 
 def estimate_peak_bytes(shape: ModelShape, choices: Choices, config: RunConfig, *, device: Device | None = None) -> int:
     """The peak of a training step in bytes, as a run of `choices` would measure it (see `record.Memory`)."""
     return memory_terms(shape, choices, config, device).peak(choices.placement)
-
-
-def recompute_flops(shape: ModelShape, policy: Policy, sequence_tokens: int, backend: str = "eager") -> float:
-    """FLOPs a token and layer that `policy` spends again in the backward; norms and activations count as none.
-
-    `mlp` repeats gate and up (2 FLOPs a weight), `full` also q, k, v, o and causal attention (2·S·Q: half of
-    4·S·Q).  The fused layer repeats the down projection only where a norm stands behind it, stock checkpointing always.
-    """
-    sizes = shape.linear_sizes
-    policy = OFFLOADED.get(policy, policy)
-    if policy in ("keep", "light") or (backend == "peft" and policy == "mlp"):
-        return 0.0
-    names = list(shape.gate_up_names)
-    if policy == "full":
-        names = list(sizes)
-        if backend != "peft" and shape.spec.post_mlp_norm is None:
-            names.pop()  # the down projection
-    flops = 2.0 * sum(sizes[name][0] * sizes[name][1] for name in names)
-    return flops + (2.0 * sequence_tokens * shape.heads * shape.head_dim if policy == "full" else 0.0)
-
-
-def step_flops(shape: ModelShape, sequence_tokens: int) -> float:
-    """FLOPs a token and layer of forward and backward without recomputation.
-
-    Base weights are frozen, so they cost 2 FLOPs a weight forward and 2 backward; causal attention costs 2·S·Q
-    forward and 5·S·Q backward.
-    """
-    return 4.0 * shape.linear_weights + 7.0 * sequence_tokens * shape.heads * shape.head_dim
 
 
 def dense_layer_bytes(shape: ModelShape, config: RunConfig, device: Device | None = None) -> int:

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autotune.memory import LayerCosts, fit_peaks, layer_costs, layer_windows, predicted_too_large
+from autotune.memory import LayerCosts, fit_peaks, layer_costs, predicted_too_large
 from fastft.config import RunConfig
 from fastft.hardware import Device
-from fastft.memory.model import recompute_flops, step_flops
+from fastft.memory.work import recompute_flops, step_work
 from fastft.models.shapes import SHAPES, ModelShape
 from fastft.plan import Choices, Policy, Trial
 
@@ -91,7 +91,9 @@ def test_what_did_not_run_is_taken_from_the_model() -> None:
     costs = found.layers[0]
     assert set(costs) == {"light", "mlp", "full"}
     assert costs["light"].saved_bytes > costs["mlp"].saved_bytes > costs["full"].saved_bytes == 0
-    work = 1 + recompute_flops(SHAPE, "full", 128) / step_flops(SHAPE, 128)
+    full = trials[1].choices
+    light = full.model_copy(update={"placement": ["light"] * 3})
+    work = step_work(SHAPE, full, CONFIG, CPU) / step_work(SHAPE, light, CONFIG, CPU)
     assert found.base_ms == pytest.approx(36.0 / work)
     assert costs["full"].price_ms == pytest.approx((36.0 - 36.0 / work) / 3)
 
@@ -166,17 +168,16 @@ def test_a_mixed_placement_alone_is_enough_to_start_from() -> None:
     mixed = changed(trial("full", 4, 10_000_000, times=(36.0,)), placement=["full", "mlp", "light"])
     found = costs_of([mixed])
     assert found.policies == 0
-    again = sum(recompute_flops(SHAPE, policy, 128) for policy in mixed.choices.placement)
-    assert found.base_ms == pytest.approx(36.0 / (1 + again / (3 * step_flops(SHAPE, 128))))
+    config = RunConfig(model="toy-llama", sequence_tokens=128)
+    light = mixed.choices.model_copy(update={"placement": ["light"] * 3})
+    ratio = step_work(SHAPE, mixed.choices, config, CPU) / step_work(SHAPE, light, config, CPU)
+    assert found.base_ms == pytest.approx(36.0 / ratio)
     time = found.base_ms + sum(c[p].price_ms for c, p in zip(found.layers, mixed.choices.placement, strict=True))
     assert time == pytest.approx(36.0)
 
 
 def test_layers_with_a_window_cost_less_to_compute_again() -> None:
     shape = SHAPES["toy-gemma3"]  # a window of 7 in the first and the last layer
-    assert layer_windows(shape) == [7, None, 7]
-    assert layer_windows(SHAPES["toy-mistral"]) == [7, 7, 7]
-    assert layer_windows(SHAPE) == [None] * 3
     found = costs_of([trial(p, 4, 10**6, times=(t,)) for p, t in (("light", 30.0), ("full", 36.0))], shape)
     first, second, third = (costs["full"].price_ms for costs in found.layers)
     assert first == third < second

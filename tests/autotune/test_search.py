@@ -516,8 +516,10 @@ def test_under_another_cap_only_what_is_new_is_probed(
     fresh = [trial.choices for trial in plan.evidence.trials if not trial.reused]
     assert plan.choices in fresh
     finalists = [c for c, phase in zip(second.probed(), phases, strict=True) if phase == "finalists"]
-    (times,) = {fresh.count(choices) for choices in finalists}
-    assert times >= 2
+    if finalists:  # none where nothing is close to a winner that was measured now
+        (times,) = {fresh.count(choices) for choices in finalists}
+        assert times >= 2
+    assert finalists or second_cap == 5.0
     assert len(second.requests) <= EFFORTS["quick"].most_probes
     assert second.peak(plan.choices) <= (cap or second.memory_bytes)
     alone = run(PlanStore(store.cache / "alone"), FakeGpu(), capped(second_cap)).plan

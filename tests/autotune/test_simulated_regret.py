@@ -17,7 +17,8 @@ from bench.grid import Axes, configurations
 from bench.regret import capped, fitting, free, peaks_between, spread_caps
 from fastft.config import RunConfig
 from fastft.hardware import Device
-from fastft.memory.model import estimate_peak_bytes, memory_terms, recompute_flops, records, step_flops
+from fastft.memory.model import estimate_peak_bytes, memory_terms, records
+from fastft.memory.work import layer_flops, recompute_flops
 from fastft.models.shapes import SHAPES, ModelShape
 from fastft.plan import Choices, Trial
 from fastft.plan_store import PlanStore
@@ -69,7 +70,7 @@ class SimulatedGpu:
         moved = memory_terms(shape, choices, config, GPU).moved
         device_ms = tokens * 4 * shape.hidden * shape.vocabulary / rate
         for index, policy in enumerate(choices.placement):
-            flops = step_flops(shape, S)
+            flops = layer_flops(shape, S)
             again = recompute_flops(shape, policy, S, choices.backend)
             bus_ms, forward_ms = moved.get(policy, 0) / BUS_BYTES_PER_MS, tokens * flops / 2 / rate
             layer_ms = tokens * (flops + again) / rate + max(0.0, bus_ms - forward_ms) + 0.06 * bus_ms

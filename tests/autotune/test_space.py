@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from autotune.forecast import relative_time
+from autotune.forecast import forecast
 from autotune.space import (
     EFFORTS,
     LOSS_CHUNKS,
@@ -146,7 +146,7 @@ def test_the_promising_come_first_and_stock_soon(device: Device) -> None:
     others = candidates(config, SHAPES["llama-3-8b"], device, "full")[1:]
     assert "peft" in {choices.backend for choices in others[:2]}
     fused = [c for c in others if c.backend != "peft" and not c.resident_layers and uniform_policy(c) == "light"]
-    times = [relative_time(choices, config, SHAPES["llama-3-8b"], device) for choices in fused]
+    times = [forecast(choices, config, SHAPES["llama-3-8b"], device) for choices in fused]
     fitting = times[: len(times) // 2]  # what may not fit is at the end
     assert fitting == sorted(fitting)
 

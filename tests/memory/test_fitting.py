@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from fastft.config import RunConfig
 from fastft.hardware import Device
 from fastft.memory.fitting import SMALL_LOSS_CHUNK, best_placement_under, fit, host_limit, smallest
-from fastft.memory.model import dense_layer_bytes, estimate_peak_bytes, memory_terms, recompute_flops
+from fastft.memory.model import dense_layer_bytes, estimate_peak_bytes, memory_terms
+from fastft.memory.work import recompute_flops, step_work
 from fastft.models.shapes import SHAPES
 from fastft.plan import POLICIES, Choices, Policy
 
@@ -76,25 +77,24 @@ def test_what_fits_is_predicted_to_and_more_memory_is_never_slower(cap: float) -
     if fitted is None:
         assert least > cap * GIB
         return
-    assert estimate_peak_bytes(LARGE, fitted.choices, QLORA, device=GPU) <= cap * GIB
+    assert estimate_peak_bytes(LARGE, fitted, QLORA, device=GPU) <= cap * GIB
     roomier = fit(int((cap + 1) * GIB), LARGE, LIGHT, QLORA, device=GPU)
     assert roomier is not None
-    assert roomier.extra_flops <= fitted.extra_flops
+    assert step_work(LARGE, roomier, QLORA, GPU) <= step_work(LARGE, fitted, QLORA, GPU)
 
 
 def test_memory_that_is_left_over_keeps_weights_dense() -> None:
-    assert fit(139 * GIB, LARGE, LIGHT, QLORA, device=GPU).choices.resident_layers == 32  # type: ignore[union-attr]
+    assert fit(139 * GIB, LARGE, LIGHT, QLORA, device=GPU).resident_layers == 32  # type: ignore[union-attr]
     light = estimate_peak_bytes(LARGE, LIGHT, QLORA, device=GPU)
     layer = dense_layer_bytes(LARGE, QLORA, GPU)
-    assert fit(light + 3 * layer, LARGE, LIGHT, QLORA, device=GPU).choices.resident_layers == 3  # type: ignore[union-attr]
-    assert fit(139 * GIB, LARGE, LIGHT, large_run(), device=GPU).choices.resident_layers == 0  # type: ignore[union-attr]
+    assert fit(light + 3 * layer, LARGE, LIGHT, QLORA, device=GPU).resident_layers == 3  # type: ignore[union-attr]
+    assert fit(139 * GIB, LARGE, LIGHT, large_run(), device=GPU).resident_layers == 0  # type: ignore[union-attr]
 
 
 def test_nothing_is_given_up_that_need_not_be() -> None:
     fitted = fit(139 * GIB, LARGE, LIGHT, large_run(), device=GPU)
     assert fitted is not None
-    assert fitted.choices == LIGHT
-    assert fitted.extra_flops == 0
+    assert fitted == LIGHT
 
 
 def test_a_tight_cap_takes_everything() -> None:
@@ -119,7 +119,7 @@ def test_a_placement_that_is_given_stays() -> None:
     config = large_run(quantization="nf4", placement="mlp")
     fitted = fit(20 * GIB, LARGE, LIGHT, config, device=GPU)
     assert fitted is not None
-    assert set(fitted.choices.placement) == {"mlp"}
+    assert set(fitted.placement) == {"mlp"}
     assert fit(6 * GIB, LARGE, LIGHT, config, device=GPU) is None
 
 
@@ -132,10 +132,10 @@ def test_no_more_goes_to_the_host_than_it_has() -> None:
         gpu = replace(GPU, host_memory_bytes=host_gib * 2**30)
         fitted = fit(12 * 2**30, shape, plain, config, device=gpu)
         assert fitted is not None
-        terms = memory_terms(shape, fitted.choices, config, gpu)
-        to_host = terms.host([(policy, 1) for policy in fitted.choices.placement])
+        terms = memory_terms(shape, fitted, config, gpu)
+        to_host = terms.host([(policy, 1) for policy in fitted.placement])
         assert 0 < to_host <= host_limit(gpu)
-        assert fitted.choices.placement.count("offload_mlp") <= most
+        assert fitted.placement.count("offload_mlp") <= most
     tiny = replace(GPU, host_memory_bytes=2**30)
     assert set(smallest(shape, plain, config, device=tiny).placement) == {"full"}
     assert set(smallest(shape, plain, config, device=GPU).placement) == {"offload"}
@@ -160,7 +160,7 @@ def test_tiles_that_wait_for_the_host_are_the_last_resort(
     default = Choices(backend="triton", micro_batch=4, accumulation=1, placement=["light"] * shape.layers)
     fitted = fit(int(cap * 2**30), shape, default, config, device=GPU)
     assert fitted is not None
-    assert fitted.choices.mlp_chunk_tokens == tiles
+    assert fitted.mlp_chunk_tokens == tiles
 
 
 @pytest.mark.parametrize("cap", [8.0, 10.5, 12.0, 13.3])
@@ -171,8 +171,8 @@ def test_graphs_are_kept_where_the_host_might_bind_and_layers_recompute_instead(
     default = Choices(backend="triton", micro_batch=1, accumulation=1, placement=["light"] * shape.layers)
     fitted = fit(int(cap * 2**30), shape, default, config, device=GPU)
     assert fitted is not None
-    assert fitted.choices.graphs == "auto"
-    assert estimate_peak_bytes(shape, fitted.choices, config, device=GPU) > 0.95 * cap * 2**30
+    assert fitted.graphs == "auto"
+    assert estimate_peak_bytes(shape, fitted, config, device=GPU) > 0.95 * cap * 2**30
 
 
 def test_graphs_are_given_up_where_their_memory_is_all_that_there_is() -> None:
@@ -182,4 +182,4 @@ def test_graphs_are_given_up_where_their_memory_is_all_that_there_is() -> None:
     least = estimate_peak_bytes(shape, smallest(shape, default, config, device=GPU), config, device=GPU)
     fitted = fit(least + 2**20, shape, default, config, device=GPU)
     assert fitted is not None
-    assert fitted.choices.graphs == "off"
+    assert fitted.graphs == "off"

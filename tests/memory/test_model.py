@@ -10,8 +10,6 @@ from fastft.memory.model import (
     dense_layer_bytes,
     estimate_peak_bytes,
     memory_terms,
-    recompute_flops,
-    step_flops,
 )
 from fastft.models.shapes import SHAPES
 from fastft.plan import OFFLOADED, POLICIES, Choices, Policy
@@ -160,17 +158,6 @@ def test_a_recording_has_tensors_of_its_own(rows: int) -> None:
     assert (launched.recording, recorded.recording) == (0, own)
     assert automatic.recording == (own if rows == 1 else 0), "large steps are not recorded"
     assert recorded.peak(["light"] * 32) == launched.peak(["light"] * 32) + own
-
-
-def test_recomputation_counts_flops() -> None:
-    sizes = SHAPE.linear_sizes
-    weights = {name: i * o for name, (i, o) in sizes.items()}
-    assert recompute_flops(SHAPE, "light", 128) == 0
-    assert recompute_flops(SHAPE, "mlp", 128) == 2 * (weights["gate_proj"] + weights["up_proj"])
-    full = recompute_flops(SHAPE, "full", 128)
-    assert full == 2 * (sum(weights.values()) - weights["down_proj"]) + 2 * 128 * 64
-    assert recompute_flops(SHAPE, "full", 128, "peft") == full + 2 * weights["down_proj"]
-    assert full < step_flops(SHAPE, 128)
 
 
 def test_gradients_pile_up_where_nothing_is_saved() -> None:
