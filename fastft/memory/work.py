@@ -11,8 +11,8 @@ Everything is in FLOPs a token that the device does in the same time, so that it
     launches        without CUDA graphs the host may take longer for a layer than the GPU
     host embedding  a row a token crosses the bus
 
-Held against 206 configurations of three models on an H100 (docs/log.md, 2026-11-25, "What a step costs"), a scale a
-model aside: wrong by 0.8 to 2.1 % in the root mean square.  A tuned plan rests on measured times, never on this alone.
+Held against 220 configurations of three models on an H100 (docs/log.md, 2026-11-25, "What a step costs"), a scale a
+model aside: wrong by 0.9 to 2.3 % in the root mean square.  A tuned plan rests on measured times, never on this alone.
 
 Legend: T tokens of a micro-batch, S of a sequence, D model, F feed-forward, Q = heads × head size, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""How much work a step is, by arithmetic, against what an H100 measured (reports/published): 206 configurations of
+"""How much work a step is, by arithmetic, against what an H100 measured (reports/published): 220 configurations of
 three models, micro-batches of 2,048 to 8,192 tokens.
 
 Rates and counts of `fastft.memory.work` were chosen by these, a scale a model aside: what counts is which choices are
