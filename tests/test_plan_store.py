@@ -14,17 +14,9 @@ from hypothesis import strategies as st
 from fastft import plan_store
 from fastft.errors import OutputError, PlanError
 from fastft.files import canonical_json, sha256_of
-from fastft.plan import Choices, Evidence, Plan, PlanKey, Trial
+from fastft.plan import Choices, Evidence, Plan, Trial
 from fastft.plan_store import MAX_PLAN_BYTES, PlanStore, cache_folder, read_plan
-
-
-def make_key(rank: int = 16) -> PlanKey:
-    return PlanKey(
-        device="CPU", compute_capability=None, multiprocessors=2, device_memory_bytes=2**33, versions={"torch": "2"},
-        kernels_sha256="0" * 64, model_shape={"layers": 2}, lora_rank=rank, lora_targets=["q_proj"], lora_dropout=0.0,
-        quantization="none", dtype="fp32", sequence_tokens=128, packing=False, global_batch=8, optimizer="adamw",
-        world_size=1, memory_cap_bytes=None,
-    )  # fmt: skip
+from sample_plans import make_key
 
 
 def make_plan(rank: int = 16, micro_batch: int = 4, **evidence: Any) -> Plan:

@@ -16,21 +16,13 @@ import pytest
 from typer.testing import CliRunner
 
 from fastft.errors import PlanError
-from fastft.plan import PLAN_SCHEMA, Choices, Evidence, Plan, PlanKey, Trial
+from fastft.plan import PLAN_SCHEMA, Choices, Evidence, Plan, Trial
 from fastft.plan_store import MAX_DEPTH, PlanStore, read_foreign_plan
+from sample_plans import make_key
 
 FORK = multiprocessing.get_context("fork")
 LONGEST_MESSAGE = 500
 """Letters without paths: what a hostile file says must not fill the screen."""
-
-
-def make_key(rank: int) -> PlanKey:
-    return PlanKey(
-        device="CPU", compute_capability=None, multiprocessors=2, device_memory_bytes=2**33, versions={"torch": "2"},
-        kernels_sha256="0" * 64, model_shape={"layers": 2}, lora_rank=rank, lora_targets=["q_proj"], lora_dropout=0.0,
-        quantization="none", dtype="fp32", sequence_tokens=128, packing=False, global_batch=8, optimizer="adamw",
-        world_size=1, memory_cap_bytes=None,
-    )  # fmt: skip
 
 
 def make_plan(rank: int, writer: int = 0, number: int = 0, created_at: str = "2026-01-01T00:00:00+00:00") -> Plan:

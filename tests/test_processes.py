@@ -3,12 +3,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from fastft.processes import PRELOADED, WaitingProcess, signal_name
 from fastft.siblings import ROOT
+from live_processes import alive, gone
 
 WITH_FASTFT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
@@ -30,14 +30,6 @@ time.sleep(60)
 
 def start(code: str) -> WaitingProcess:
     return WaitingProcess([sys.executable, "-S", "-c", code], environment=dict(os.environ))
-
-
-def alive(pid: int) -> bool:
-    """Whether the process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_a_request_larger_than_a_pipe_reaches_a_process_that_is_still_busy() -> None:
@@ -143,13 +135,6 @@ def test_a_worker_ends_when_what_started_it_is_killed() -> None:
     os.kill(child, 0)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    for _ in range(100):
-        try:
-            stat = Path(f"/proc/{child}/stat").read_text()
-            if stat.rpartition(")")[2].split()[0] == "Z":  # dead; nobody has reaped it yet
-                return
-        except FileNotFoundError:
-            return
-        time.sleep(0.05)
-    os.kill(child, signal.SIGKILL)
-    pytest.fail("the worker went on")
+    if not gone(child):
+        os.kill(child, signal.SIGKILL)
+        pytest.fail("the worker went on")

@@ -12,6 +12,7 @@ from autotune.probe import MARKER, ProbeRequest
 from autotune.runner import Spares, run_probe
 from fastft.config import RunConfig
 from fastft.plan import Choices, Trial
+from live_processes import gone
 
 CHOICES = Choices(backend="eager", micro_batch=4, accumulation=4, placement=["light"] * 3)
 REQUEST = ProbeRequest(config=RunConfig(model="toy-llama", sequence_tokens=16), choices=CHOICES)
@@ -20,18 +21,6 @@ ANSWER = MARKER + Trial(choices=CHOICES, verdict="ok", step_time_ms=[1.0], detai
 
 def run(code: str, timeout_seconds: float = 20.0) -> Trial:
     return run_probe(REQUEST, timeout_seconds=timeout_seconds, command=[sys.executable, "-P", "-S", "-c", code])
-
-
-def gone(pid: int) -> bool:
-    """Whether a process has ended (a zombie has, too)."""
-    for _ in range(50):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def test_the_answer_is_the_last_marked_line_among_noise() -> None:

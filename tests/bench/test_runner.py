@@ -17,6 +17,7 @@ from bench import runner, worker_process
 from bench.scenarios import Scenario
 from fastft.errors import BackendError, OutputError
 from fastft.record import read_records
+from live_processes import alive
 
 FAKE_WORKER = """
 import json, os, signal, subprocess, sys, time
@@ -100,14 +101,6 @@ def fake(tmp_path, monkeypatch):
     run.log = log
     run.output = tmp_path / "out"
     return run
-
-
-def alive(pid: int) -> bool:
-    """Whether the process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_gates_run_first_and_repetitions_are_interleaved(fake):

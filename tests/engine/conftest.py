@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastft.engine.runtime import Runtime
 from fastft.models.shapes import SHAPES
+from peft_models import randomize_adapters
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCABULARY = 512
@@ -42,15 +43,6 @@ def make_base(
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.2 * torch.randn(parameter.shape))
     return model.to(device=device, dtype=dtype)
-
-
-def randomize_adapters(model: nn.Module, seed: int = 2) -> None:
-    """B is zero at first, which hides every error in A's gradient and in what passes through the adapter."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def make_model(family: str = "toy-llama", *, base: dict[str, Any] | None = None, seed: int = 1, **lora: Any) -> Any:

@@ -16,6 +16,7 @@ from fastft import ledger_of, patch_model, unpatch_model
 from fastft.engine.patch import placement_of
 from fastft.errors import BackendError, ConfigError, ModelError
 from fastft.models.spec import SPECS
+from peft_models import randomize_adapters
 
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32
 
@@ -72,16 +73,7 @@ def make_unknown(family: str, *, dtype: torch.dtype = torch.float32, adapt: bool
         return model
     wanted = {"r": 4, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM", **lora}
     model = peft.get_peft_model(model, peft.LoraConfig(**wanted))
-    return shaken(model).train()
-
-
-def shaken(model: Any, seed: int = 2) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name and "magnitude" not in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return randomize_adapters(model).train()
 
 
 @pytest.fixture
@@ -219,7 +211,7 @@ def test_unpatching_copies_and_patching_again(unknown, batch_of, step, error_of)
     assert placement_of(model) is None
     clone = copy.deepcopy(model)
     assert ledger_of(clone) is not first
-    shaken(clone, 99)
+    randomize_adapters(clone, 99)
     clone_loss, _ = step(clone, batch)
     assert clone_loss != pytest.approx(loss, rel=1e-3)
     assert step(model, batch)[0] == pytest.approx(loss, rel=1e-5)
@@ -312,7 +304,7 @@ def test_several_active_adapters_and_disabled_ones(unknown, batch_of, step, erro
     for patched in (False, True):
         model = unknown("olmo2")
         model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-        shaken(model)
+        randomize_adapters(model)
         if patched:
             patch_model(model, backend="eager")
         model.base_model.set_adapter(["default", "second"])
@@ -337,7 +329,7 @@ def test_adalora_and_other_methods_stay_stock(unknown, batch_of, step, error_of)
         for patched in (False, True):
             torch.manual_seed(4)
             model = peft.get_peft_model(unknown("qwen3_moe", adapt=False), config).train()
-            shaken(model)
+            randomize_adapters(model)
             if patched:
                 patch_model(model, backend="eager")
             results.append(step(model, batch_of("right"))[1])
@@ -426,7 +418,7 @@ def test_what_is_no_causal_language_model_runs_part_by_part(toy_base, device):
     torch.manual_seed(1)
     base = transformers.LlamaForSequenceClassification(config).to(device)
     lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "down_proj"])
-    model = shaken(peft.get_peft_model(base, lora)).train()
+    model = randomize_adapters(peft.get_peft_model(base, lora)).train()
     inputs = {"input_ids": torch.tensor([[1, 2, 3]], device=device), "labels": torch.tensor([0], device=device)}
     stock = copy.deepcopy(model)
     patch_model(model, backend="eager", strict=True)
@@ -454,7 +446,9 @@ def test_any_module_that_peft_adapts(device):
             return self.second(torch.relu(self.first(x)))
 
     torch.manual_seed(0)
-    model = shaken(peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["first", "second"]))).to(device)
+    model = randomize_adapters(peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["first", "second"]))).to(
+        device
+    )
     x = torch.randn(3, 5, 8, device=device)
     expected = model(x)
     ledger = patch_model(model, backend="eager", strict=True)

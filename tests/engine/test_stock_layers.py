@@ -9,17 +9,9 @@ import torch
 from torch import Tensor
 
 from fastft import ledger_of, patch_model
+from peft_models import randomize_adapters
 
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32
-
-
-def shaken(model: Any, seed: int = 2) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name and "magnitude" not in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def counts(model: Any, *kinds: str) -> dict[str, int]:
@@ -37,7 +29,7 @@ def test_dora_on_one_projection_leaves_the_rest_of_its_layer_fused(toy, batch_of
         peft.inject_adapter_in_model(
             peft.LoraConfig(r=4, use_dora=True, target_modules=r".*\.1\.mlp\.gate_proj"), model.get_base_model()
         )
-        return shaken(model)
+        return randomize_adapters(model)
 
     stock, model = make(), make()
     batch = batch_of("right")
