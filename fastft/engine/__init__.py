@@ -7,6 +7,7 @@ A model of a known family (`fastft.models.spec`) runs layer by layer:
     parts.py     what is read of a layer, and what a forward tells it
     layer.py     one decoder layer: forward, backward, and what each policy saves
     saved.py     the intermediates of a layer, by policy;  tiles.py  its MLP over some rows at a time
+    packed.py    where packed documents start
     runs.py      layers one after the other
     stack.py     a run as one autograd function
     bank.py      all adapters in one buffer;  optimizer_step.py  updates them at once

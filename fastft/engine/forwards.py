@@ -20,6 +20,7 @@ from fastft.engine.aside import Aside
 from fastft.engine.host_embedding import keep_on_host
 from fastft.engine.loss import IGNORED, Targets
 from fastft.engine.norm import norm_forward
+from fastft.engine.packed import confirmation, told_documents
 from fastft.engine.parts import LayerCall, LayerParts, StepContext, read_parts
 from fastft.engine.runs import Run
 from fastft.engine.runtime import Runtime, WrongAssumptionError
@@ -196,7 +197,7 @@ def _train_forward(
                 if runtime.mask_hid_padding:
                     attention_mask = None
         if attention_mask is None and inputs is not None:
-            attention_mask = _stand_in_for_a_mask(backbone, runtime, inputs, position_ids)
+            attention_mask = _stand_in_for_a_mask(backbone, runtime, inputs, position_ids, kwargs)
     arguments["attention_mask"] = attention_mask
     return original_forward(backbone)(**arguments, **more)
 
@@ -229,7 +230,11 @@ def without_padding(
 
 
 def _stand_in_for_a_mask(
-    backbone: nn.Module, runtime: Runtime, inputs: torch.Tensor, position_ids: torch.Tensor | None
+    backbone: nn.Module,
+    runtime: Runtime,
+    inputs: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    told: dict[str, Any],
 ) -> torch.Tensor | None:
     """What to pass so that Hugging Face builds no (B × 1 × S × S) mask, for packed documents or a sliding window, say.
 
@@ -241,7 +246,15 @@ def _stand_in_for_a_mask(
         return None
     B, S = inputs.shape[:2]
     tells_documents = position_ids is not None and state_of(backbone).settings.spec.separates_documents
-    documents = None if position_ids is None or not tells_documents else documents_of(position_ids.expand(B, -1))
+    documents = None
+    if position_ids is not None and tells_documents:
+        position_ids_BS = position_ids.expand(B, -1)
+        guess = told_documents(told, inputs) if runtime.assumes else None
+        if guess is not None:
+            runtime.assume(confirmation(position_ids_BS, guess))
+            documents = guess if len(guess[0]) > B + 1 else None
+        else:
+            documents = documents_of(position_ids_BS)
     # As large as a mask without its memory.  Only `layer_forward` ever gets it, and knows it.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device).expand(B, 1, S, S)
     runtime.stand_in(mask, documents)

@@ -15,6 +15,7 @@ import torch
 from fastft.config import RunConfig
 from fastft.engine.clipping import clip_gradients_
 from fastft.engine.loss import IGNORED
+from fastft.engine.packed import tell_documents
 from fastft.engine.patch import ledger_of, patch_model
 from fastft.errors import ConfigError, MeasureError
 from fastft.hardware import detect_device
@@ -85,12 +86,18 @@ class Session:
             raise MeasureError("training diverged", got=f"loss {result.loss}, gradient norm {result.gradient_norm}")
         return result
 
+    def told(self, micro_batch: Batch) -> dict[str, Any]:
+        """A micro-batch on the CPU with all that the model's forward can use: where packed documents start, if the
+        engine runs it.  Stock models of some families would refuse to be told."""
+        engine_runs = self.choices.backend != "peft" and self.model.config.model_type in SPECS
+        return tell_documents(micro_batch) if engine_runs else dict(micro_batch)
+
     def forward_backward(self, batch: Batch) -> torch.Tensor:
         """Add the global batch's gradients to the adapters; its loss, detached, on the device."""
         items = int((batch["labels"][:, 1:] != IGNORED).sum())
         total = torch.zeros((), device=self.device)
         for part in micro_batches(batch, self.choices.micro_batch):
-            inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()}
+            inputs = {name: _moved(value, self.device) for name, value in self.told(part).items()}
             with self._autocast():
                 loss = self.model(**inputs, num_items_in_batch=max(items, 1), use_cache=False).loss
             total += loss.detach().float()
@@ -103,6 +110,10 @@ class Session:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 
 def micro_batches(batch: Batch, size: int) -> Iterator[dict[str, torch.Tensor]]:

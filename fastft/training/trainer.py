@@ -304,7 +304,7 @@ def _trainer(
         model=session.model,
         args=arguments,
         train_dataset=samples,
-        data_collator=counter,
+        data_collator=lambda samples: session.told(counter(samples)),
         optimizers=(session.optimizer, None),
         callbacks=[Count(), *callbacks],
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastft.config import RunConfig
+from fastft.engine import forwards
 from fastft.errors import ConfigError, MeasureError, ModelError
 from fastft.plan import Choices
 from fastft.training.session import Session, StepResult, add_adapters, build_session, micro_batches
@@ -263,3 +264,25 @@ def test_without_targets_every_linear_layer_of_the_family_is_adapted():
         name.split(".lora_A")[0].rpartition(".")[2] for name, p in session.model.named_parameters() if "lora_A" in name
     }
     assert adapted == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+
+
+def packed_batch() -> dict[str, Tensor]:
+    batch = {name: tensor for name, tensor in make_batch().items() if name != "attention_mask"}
+    return {**batch, "position_ids": torch.cat([torch.arange(8), torch.arange(11)]).repeat(4, 1)}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_the_engine_is_told_where_packed_documents_start(micro_batch, monkeypatch):
+    """So it asks the device in the first micro-batch only; and what comes out is what stock PEFT trains."""
+    asked, read = [], forwards.documents_of
+    monkeypatch.setattr(forwards, "documents_of", lambda ids: asked.append(len(ids)) or read(ids))
+    told, stock = make_session(micro_batch=micro_batch), make_session("peft", micro_batch=micro_batch)
+    for _ in range(3):
+        assert told.step(packed_batch()).loss == pytest.approx(stock.step(packed_batch()).loss, rel=1e-4)
+    assert asked == [micro_batch]
+
+
+def test_a_stock_model_is_told_nothing():
+    batch = packed_batch()
+    assert make_session("peft").told(batch) == batch
+    assert make_session("eager").told(batch)["max_length_q"] == 11

@@ -9,11 +9,12 @@ import transformers
 from safetensors.torch import load_file
 
 from fastft.config import RunConfig
-from fastft.engine import clipping, walks
+from fastft.engine import clipping, forwards, walks
 from fastft.hardware import detect_device
 from fastft.plan import Choices, Evidence, Plan
 from fastft.plan_store import PlanStore
 from fastft.planning import model_shape, plan_key
+from fastft.training.session import Session
 from fastft.training.trainer import train
 
 
@@ -74,6 +75,26 @@ def test_what_the_loop_is_spared_changes_nothing(tmp_path: Path, monkeypatch: py
     train(config.model_copy(update={"output": str(tmp_path / "theirs")}))
     ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
-    for name in ours:
-        # Adam divides a gradient by its size, so an element that is all rounding may go anywhere.
-        assert (ours[name] - theirs[name]).norm() < 1e-4 * theirs[name].norm(), name
+    apart = torch.cat([(ours[name] - theirs[name]).abs().flatten() for name in ours])
+    # Adam divides a gradient by its size, so an element that is all rounding may go anywhere; steps are of 0.01.  With
+    # other clipping nine tenths are further apart than this.
+    assert (apart > 1e-4).double().mean() < 1e-3
+
+
+def test_packed_rows_are_trained_without_asking_where_documents_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTFT_CACHE_DIR", str(tmp_path / "cache"))
+    asked, read = [], forwards.documents_of
+    monkeypatch.setattr(forwards, "documents_of", lambda ids: asked.append(tuple(ids.shape)) or read(ids))
+    config = RunConfig(
+        model="tiny", output=str(tmp_path / "told"), steps=4, batch_size=4, micro_batch=2, sequence_tokens=128,
+        packing=True, learning_rate=1e-2, plan="none", device="cpu",
+    )  # fmt: skip
+    train(config)
+    assert len(asked) == 1, "by the first micro-batch of eight"
+    monkeypatch.setattr(Session, "told", lambda self, batch: dict(batch))
+    train(config.model_copy(update={"output": str(tmp_path / "not-told")}))
+    assert len(asked) == 1 + 8
+    told, not_told = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("told", "not-told"))
+    assert all(torch.equal(told[name], not_told[name]) for name in not_told)

@@ -68,11 +68,18 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
+def document_starts(position_ids_BS: torch.Tensor) -> torch.Tensor:
+    """(B, S), boolean: where a document starts, which is where a position is not the one before it plus one, and at the
+    start of every row: the rule of transformers' `find_packed_sequence_indices`."""
+    starts_BS = torch.ones_like(position_ids_BS, dtype=torch.bool)
+    starts_BS[:, 1:] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
+    return starts_BS
+
+
 def documents_of(position_ids_BS: torch.Tensor) -> tuple[torch.Tensor, int] | None:
     """The packed documents that position ids tell of: `Seen.documents` and `Seen.longest`.
 
-    A document starts where a position is not the one before it plus one, and at the start of every row: the rule of
-    transformers' `find_packed_sequence_indices`.  Waits for the device once.
+    Waits for the device once.
 
     Args:
         position_ids_BS: integers; expanded to all rows of the batch where they share one.
@@ -81,10 +88,8 @@ def documents_of(position_ids_BS: torch.Tensor) -> tuple[torch.Tensor, int] | No
         None where every row is one document.
     """
     B, S = position_ids_BS.shape
-    starts_BS = torch.ones_like(position_ids_BS, dtype=torch.bool)
-    starts_BS[:, 1:] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
     # Asking the device for the indices and then for the longest would be two waits.
-    starts = starts_BS.flatten().cpu().nonzero().squeeze(1)
+    starts = document_starts(position_ids_BS).flatten().cpu().nonzero().squeeze(1)
     if starts.numel() == B:
         return None
     cumulative = torch.cat([starts, starts.new_tensor([B * S])]).int()
