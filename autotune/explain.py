@@ -7,7 +7,7 @@ from what the trials say of the layers' prices, it is `predicted`: `fastft tune 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from autotune.memory import LayerCosts, layer_costs
+from autotune.layer_costs import LayerCosts, layer_costs
 from autotune.probe import judge_again
 from autotune.ranking import NOISE, Standings
 from autotune.space import MIXED_HEADROOM

@@ -21,7 +21,8 @@ from typing import Literal
 from autotune.forecast import far_behind
 from autotune.kernel_store import KernelStore
 from autotune.kernels import START_SECONDS, RunKernels, search_kernels, step_buckets, winners
-from autotune.memory import LayerCosts, layer_costs, predicted_too_large
+from autotune.layer_costs import LayerCosts, layer_costs
+from autotune.memory import predicted_too_large
 from autotune.pool import FIRST, TrialPool
 from autotune.probe import ProbeRequest
 from autotune.ranking import NOISE, Standings
@@ -29,6 +30,7 @@ from autotune.space import (
     EFFORTS,
     MEMORY_VERDICTS,
     MIXED_HEADROOM,
+    WORTH_TRYING,
     EffortName,
     candidates,
     memory_limit,
@@ -232,25 +234,32 @@ class Search:
         return far_behind(candidate, self.trials, self.config, self.shape, self.device)
 
     def _mixed(self) -> None:
-        """The solved placement at each micro-batch, the most promising first."""
-        budget, end = self._usable_bytes(), self._probes + self.level.mixed_probes
-        proposals = []
-        for backend, micro_batch in sorted({(t.choices.backend, t.choices.micro_batch) for t in self.trials}):
-            if backend != "peft":  # stock checkpoints all layers or none
-                costs = layer_costs(
-                    self.trials, backend, micro_batch, shape=self.shape, config=self.config, device=self.device
-                )
-                proposal = None if costs is None else costs.solve(budget * MIXED_HEADROOM)
-                if costs is not None and proposal is not None:
-                    proposals.append((*proposal, costs))
-        proposals.sort(key=lambda proposal: proposal[0])
-        for predicted_ms, choices, costs in proposals:
-            best = self._standings.best()
-            if best is not None and predicted_ms >= median(best.step_time_ms):
-                return  # and so are the rest
-            self._confirm(choices, costs, budget, end)
-            if self._probes >= end:
+        """The most promising solved placement, again and again, as each that was measured tells more of the prices."""
+        end = self._probes + self.level.mixed_probes
+        while self._probes < end and (proposal := self._proposal()) is not None:
+            probes = self._probes
+            self._confirm(*proposal, end)
+            if self._probes == probes:
                 return
+
+    def _proposal(self) -> tuple[Choices, LayerCosts, int] | None:
+        """The solved placement that is predicted to be fastest, of any backend and micro-batch, with what it rests on
+        and the bytes there are; None where none is faster than what was measured."""
+        budget, best = self._usable_bytes(), self._standings.best()
+        limit = float("inf") if best is None else (1 - WORTH_TRYING) * median(best.step_time_ms)
+        found = None
+        for backend, micro_batch in sorted({(t.choices.backend, t.choices.micro_batch) for t in self.trials}):
+            if backend == "peft":
+                continue  # stock checkpoints all layers or none
+            costs = layer_costs(
+                self.trials, backend, micro_batch, shape=self.shape, config=self.config, device=self.device
+            )
+            solved = None if costs is None else costs.solve(budget * MIXED_HEADROOM)
+            if costs is None or solved is None or self._launched(solved[1]) in self._standings.order():
+                continue
+            if solved[0] < limit:
+                limit, found = solved[0], (solved[1], costs, budget)
+        return found
 
     def _confirm(self, choices: Choices, costs: LayerCosts, budget: int, end: int) -> None:
         """Measure a solved placement, and solve again with the prediction corrected: the measured peak counts, not the

@@ -9,8 +9,7 @@
 
 Then refinements, one change at a time of what leads (`refinements`), each kept if it is faster beyond the noise:
 
-    placement     `keep` instead of `light`: what it gains is traffic, and small; of what recomputes, the placement that
-                  arithmetic, corrected by the measured peak, thinks faster in the memory that is left
+    placement     `keep` instead of `light`: what it gains is traffic, and small
     attention     the kernels that could run instead of the one that `auto` takes: their order by speed was measured on
                   one GPU and at few sizes
     graphs        recorded or not, against the rule of `auto`, whose limit is one GPU's too
@@ -34,7 +33,7 @@ from autotune.forecast import forecast
 from fastft.config import RunConfig
 from fastft.defaults import default_for, divisors
 from fastft.hardware import Device
-from fastft.memory.fitting import best_placement_under, fit
+from fastft.memory.fitting import fit
 from fastft.memory.model import estimate_peak_bytes, memory_terms, records
 from fastft.models.shapes import ModelShape
 from fastft.plan import OFFLOADED, POLICIES, Choices, Policy, Trial
@@ -52,7 +51,7 @@ MIXED_HEADROOM = 0.99
 """Share of the limit that a solved placement may use by a prediction that measured peaks corrected: it is no better."""
 
 WORTH_TRYING = 0.005
-"""A placement that is expected to gain less than this share is not tried in the place of one that was measured."""
+"""A solved placement that is expected to gain less than this share over what was measured is not tried."""
 
 MEMORY_VERDICTS = ("out_of_memory", "allocator_retry", "over_cap")
 
@@ -235,8 +234,11 @@ def refinements(
     kernels = [name for name in ("auto", *leader.other_attention) if effort != "quick" or name != FALLBACK_ATTENTION]
     modes = [choices.model_copy(update={"graphs": mode}) for mode in ("auto", "off", "on")]
     recorded = records(shape, choices, config, device)
+    # With the norms of most families `keep` is `light` by another name.
+    saved = memory_terms(shape, choices, config, device).saved
+    keeps = saved["keep"] != saved["light"]
     values: dict[str, list[Any]] = {
-        "placement": _other_placements(leader, config, shape, device),
+        "placement": [["keep"] * shape.layers] if keeps and uniform_policy(choices) == "light" else [],
         "attention": [name for name in kernels if name != choices.attention],
         "graphs": [mode.graphs for mode in modes if records(shape, mode, config, device) != recorded][:1],
         "loss_chunk_tokens": larger + smaller[::-1],
@@ -248,27 +250,6 @@ def refinements(
         for other in found
         if (leader.peak_bytes or 0) + estimate_peak_bytes(shape, other, config, device=device) - before <= limit
     ]
-
-
-def _other_placements(leader: Trial, config: RunConfig, shape: ModelShape, device: Device) -> list[list[Policy]]:
-    """What may be faster than the leader's placement, all else equal."""
-    choices, policy = leader.choices, uniform_policy(leader.choices)
-    if policy == "light":
-        saved = memory_terms(shape, choices, config, device).saved
-        # With the norms of most families `keep` is `light` by another name.
-        return [["keep"] * shape.layers] if saved["keep"] != saved["light"] else []
-    if policy == "keep" or leader.peak_bytes is None:
-        return []
-    unforeseen = leader.peak_bytes - estimate_peak_bytes(shape, choices, config, device=device)
-    room = round(MIXED_HEADROOM * memory_limit(config, device)) - unforeseen
-    fuller = best_placement_under(room, shape, choices, config, device=device)
-    if fuller is None:
-        return []
-    then, now = (
-        forecast(choices.model_copy(update={"placement": placement}), config, shape, device)
-        for placement in (fuller, choices.placement)
-    )
-    return [fuller] if then < (1 - WORTH_TRYING) * now else []
 
 
 def memory_limit(config: RunConfig, device: Device) -> int:

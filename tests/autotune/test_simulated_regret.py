@@ -7,6 +7,7 @@ than arithmetic says.
 import hashlib
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -25,9 +26,19 @@ from fastft.plan_store import PlanStore
 from fastft.record import Memory
 
 GPU = Device("cuda", "Simulated", "9.0", 132, 80 * 2**30, 16, None, 125 * 2**30)
-FLOPS_PER_MS, BUS_BYTES_PER_MS = 480e9, 50e6
-HOST_MS_A_LAYER = (2.7, 6.5)
-"""A fast host and a slow one (docs/log.md, 2026-11-25)."""
+FLOPS_PER_MS = 480e9
+
+
+class Machine(NamedTuple):
+    """What one has to find out about a machine."""
+
+    host_ms_a_layer: float
+    """To launch its forward and backward."""
+    bus_bytes_per_ms: float
+
+
+MACHINES = (Machine(2.7, 50e6), Machine(6.5, 50e6), Machine(4.0, 20e6))
+"""A fast host, a slow one (docs/log.md, 2026-11-25), and a bus of the generation before."""
 SHAPES_OF = {
     "qwen2-0.5b": {"sequence_tokens": 2048, "batch_size": 4},
     "qwen2-1.5b": {"sequence_tokens": 8192, "batch_size": 1},
@@ -38,7 +49,11 @@ AXES = Axes(parts=4, mlp_chunks=(None,), dense_parts=1)
 
 class SimulatedGpu:
     """Steps that take what FLOPs, copies and launches say, and surprise: up to 2 % a policy, 0.4 % a configuration,
-    0.8 % of a peak, always the same; and 0.3 % of noise.  A seed is a machine."""
+    0.8 % of a peak, always the same; and 0.3 % of noise.  A seed is a machine.
+
+    Its laws are not `fastft.memory.work`'s: products alone take time, and small ones are slower by a share, whatever
+    the model.  So arithmetic is wrong here by up to a tenth, and the tuner has to find out.
+    """
 
     def __init__(self, shape: ModelShape, seed: int) -> None:
         self.shape, self.seed, self.probes = shape, seed, 0
@@ -72,7 +87,7 @@ class SimulatedGpu:
         for index, policy in enumerate(choices.placement):
             flops = layer_flops(shape, S)
             again = recompute_flops(shape, policy, S, choices.backend)
-            bus_ms, forward_ms = moved.get(policy, 0) / BUS_BYTES_PER_MS, tokens * flops / 2 / rate
+            bus_ms, forward_ms = moved.get(policy, 0) / MACHINES[self.seed].bus_bytes_per_ms, tokens * flops / 2 / rate
             layer_ms = tokens * (flops + again) / rate + max(0.0, bus_ms - forward_ms) + 0.06 * bus_ms
             if config.quantization != "none" and index >= choices.resident_layers:
                 layer_ms += 0.15
@@ -80,7 +95,7 @@ class SimulatedGpu:
         if choices.backend == "peft":
             return choices.accumulation * (2.4 * device_ms + 10)
         recorded = records(shape, choices, config, GPU) and choices.graphs != "off"
-        host_ms = 9.0 if recorded else 8.0 + HOST_MS_A_LAYER[self.seed] * shape.layers
+        host_ms = 9.0 if recorded else 8.0 + MACHINES[self.seed].host_ms_a_layer * shape.layers
         return choices.accumulation * max(device_ms, host_ms) + 4.0
 
     def _surprise(self, what: str, size: float) -> float:
@@ -90,10 +105,10 @@ class SimulatedGpu:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, float | None]]:
-    """(regret, gain over the default where that fits) for 2 machines × 3 shapes × 3 caps."""
+    """(regret, gain over the default where that fits) for 3 machines × 3 shapes × 3 caps."""
     return [
         outcome
-        for seed in range(len(HOST_MS_A_LAYER))
+        for seed in range(len(MACHINES))
         for model, run in SHAPES_OF.items()
         for outcome in _outcomes(
             RunConfig.load(model=model, optimizer="adamw_8bit", **run), seed, tmp_path_factory.mktemp("plans")
@@ -125,7 +140,7 @@ def _outcomes(config: RunConfig, seed: int, folder: Path) -> list[tuple[float, f
 
 def test_the_tuned_plan_is_close_to_the_best_of_the_grid(outcomes: list[tuple[float, float | None]]) -> None:
     regrets = [regret for regret, _ in outcomes]
-    assert len(regrets) == 18
+    assert len(regrets) == 27
     assert statistics.median(regrets) <= 0.02
     assert max(regrets) <= 0.05
 

@@ -7,7 +7,6 @@ from autotune.forecast import forecast
 from autotune.space import (
     EFFORTS,
     LOSS_CHUNKS,
-    MIXED_HEADROOM,
     candidates,
     default_candidate,
     memory_limit,
@@ -17,7 +16,6 @@ from autotune.space import (
 )
 from fastft.config import RunConfig
 from fastft.hardware import Device
-from fastft.memory.model import estimate_peak_bytes
 from fastft.models.shapes import SHAPES, ModelShape
 from fastft.plan import POLICIES, Choices, Policy, Trial
 
@@ -236,31 +234,3 @@ def test_keep_is_tried_from_what_leads_where_it_saves_more() -> None:
     assert all("placement" not in change for change in refined("exhaustive"))
     mixed = LEADER.model_copy(update={"choices": LEADER.choices.model_copy(update={"placement": ["mlp"] * 3})})
     assert {"placement": ["keep"] * 3} not in refined("exhaustive", mixed, shape=qwen3)
-
-
-def test_a_leader_that_leaves_memory_recomputes_less_there() -> None:
-    shape = SHAPES["qwen2-1.5b"]
-    config = RunConfig(
-        model="qwen2-1.5b", dtype="bf16", sequence_tokens=8192, batch_size=1, optimizer="adamw_8bit", memory_cap="13GiB"
-    )
-    cap = 13 * 2**30
-
-    def leading(placement: list[Policy], more: float = 1.0) -> Trial:
-        choices = Choices(backend="triton", micro_batch=1, accumulation=1, placement=placement)
-        peak = round(more * estimate_peak_bytes(shape, choices, config, device=GPU))
-        return Trial(choices=choices, verdict="ok", step_time_ms=[1.0], tokens_per_second=1.0, peak_bytes=peak)
-
-    def placements_after(leader: Trial, config: RunConfig = config) -> list[list[Policy]]:
-        found = refined("quick", leader, config, GPU, shape)
-        return [change["placement"] for change in found if "placement" in change]
-
-    from_a_smaller_cap = leading(["mlp"] * 14 + ["light"] * 14)
-    (fuller,) = placements_after(from_a_smaller_cap)
-    assert fuller.count("light") > 18
-    assert 0.96 * cap < (leading(fuller).peak_bytes or 0) <= MIXED_HEADROOM * cap
-    assert placements_after(leading(fuller)) == [], "nothing is left"
-    # A peak above the prediction leaves less.
-    (careful,) = placements_after(leading(["mlp"] * 14 + ["light"] * 14, more=1.05))
-    assert careful.count("light") < fuller.count("light")
-    unlimited = config.model_copy(update={"memory_cap": None})
-    assert placements_after(from_a_smaller_cap, unlimited) == [["light"] * 28]
