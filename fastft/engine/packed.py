@@ -47,7 +47,10 @@ def told_documents(told: Mapping[str, Any], inputs: torch.Tensor) -> Documents |
     if not isinstance(starts, torch.Tensor) or not isinstance(longest, int):
         return None
     fits = starts.dim() == 1 and B < len(starts) <= B * S + 1 and 0 < longest <= S
-    return (starts, longest) if fits and starts.dtype == torch.int32 and starts.device == inputs.device else None
+    if not fits or starts.dtype != torch.int32 or starts.device != inputs.device:
+        return None
+    # What is wrong is found out later; until then no kernel may read beyond the batch.
+    return starts.clamp(0, B * S), longest
 
 
 def confirmation(position_ids_BS: torch.Tensor, documents: Documents) -> Callable[[], bool]:
@@ -60,6 +63,6 @@ def _are_documents(position_ids_BS: torch.Tensor, documents: Documents, aside: A
     with aside.asking():
         said_T = document_starts(position_ids_BS).flatten()
         tokens = len(said_T)
-        told_T = torch.zeros_like(said_T).index_fill_(0, starts[:-1].long().clamp(0, tokens - 1), True)
+        told_T = torch.zeros_like(said_T).index_fill_(0, starts[:-1].long().clamp(max=tokens - 1), True)
         same = (told_T == said_T).all() & (said_T.sum() == len(starts) - 1)
         return bool(same & (starts[-1] == tokens) & (starts.diff().max() == longest))

@@ -72,9 +72,9 @@ def test_other_documents_of_the_same_size_are_told_too(toy, patched, batch_of, e
     "lie",
     [
         {"cu_seq_lens_q": [0, 3, 21, 28, 42]}, {"cu_seq_lens_q": [0, 21, 42], "max_length_q": 21},
-        {"cu_seq_lens_q": [0, 7, 14, 21, 28, 42]}, {"max_length_q": 21},
+        {"cu_seq_lens_q": [0, 7, 14, 21, 28, 42]}, {"max_length_q": 21}, {"cu_seq_lens_q": [-9, 50, 1, 999, 3]},
     ],
-    ids=["elsewhere", "fewer", "more", "longest"],
+    ids=["elsewhere", "fewer", "more", "longest", "beyond"],
 )  # fmt: skip
 def test_what_is_not_so_is_not_believed(toy, patched, batch_of, error_of, lie, begun):
     batch = batch_of("packed", B=2, S=21)
