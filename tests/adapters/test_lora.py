@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastft import ledger_of, patch_model
 from fastft.adapters.lora import read_linear, stand_in, why_not_alone, why_not_fused
 from fastft.models.shapes import SHAPES
+from peft_models import randomize_adapters
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32
@@ -27,20 +28,10 @@ def make_base(device: torch.device) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device)
 
 
-def shake(model: nn.Module, seed: int = 2) -> None:
-    """B is zero at first, which hides errors."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name and "magnitude" not in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
 def make_model(device: torch.device, config: peft.PeftConfig | None = None, **lora: Any) -> Any:
     settings = {"r": 4, "lora_alpha": 8, "target_modules": LINEARS, "task_type": "CAUSAL_LM", **lora}
     model = peft.get_peft_model(make_base(device), config or peft.LoraConfig(**settings))
-    shake(model)
-    return model.train()
+    return randomize_adapters(model).train()
 
 
 def make_batch(model: Any, rows: int = 3) -> dict[str, Tensor]:
@@ -229,7 +220,7 @@ def test_merging_for_good_gives_the_adapters_logits(device):
     torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
     again = peft.get_peft_model(merged, OTHER)
     patch_model(again, backend="eager")
-    shake(again)
+    randomize_adapters(again)
     assert gradients_of(again)[1]
     assert not reasons(again)
 
@@ -253,7 +244,7 @@ def test_an_adapter_saved_from_a_patched_model_loads_in_stock_peft(device, tmp_p
 
 def test_an_adapter_loaded_into_a_patched_model_is_used(device, tmp_path: Path):
     other = make_model(device)
-    shake(other, 77)
+    randomize_adapters(other, 77)
     other.save_pretrained(tmp_path)
     model = make_model(device)
     patch_model(model, backend="eager")
