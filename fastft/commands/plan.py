@@ -22,6 +22,7 @@ from fastft.units import age, gib
 HERE = "this machine"
 
 PlanArgument = Annotated[str, typer.Argument(metavar="ID", help="A plan's id or the beginning of it.")]
+PLAN_OR_FILE = "A plan's id, the beginning of it, or a plan file."
 ForceFlag = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
@@ -54,9 +55,9 @@ def list_(as_json: JsonFlag = False) -> None:
     print_table(["ID", "MODEL", "ORIGIN", "TOKENS/S", "CHOICES", "FITS HERE"], rows)
 
 
-def show(id: PlanArgument, as_json: JsonFlag = False) -> None:
+def show(id: Annotated[str, typer.Argument(metavar="ID", help=PLAN_OR_FILE)], as_json: JsonFlag = False) -> None:
     """Show a plan: for what it holds, its choices and what decided each, everything that was tried."""
-    plan = find_plan(_plans(), id)
+    plan = _find(id)
     if as_json:
         print_json({"id": plan.id, **plan.model_dump()})
         return
@@ -91,7 +92,7 @@ def show(id: PlanArgument, as_json: JsonFlag = False) -> None:
 
 
 def diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="A plan's id, the beginning of it, or a plan file.")],
+    first: Annotated[str, typer.Argument(metavar="A", help=PLAN_OR_FILE)],
     second: Annotated[
         str | None, typer.Argument(metavar="B", help="Another one; without it, this machine as it is now.")
     ] = None,

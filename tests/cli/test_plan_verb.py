@@ -84,6 +84,17 @@ def test_show_lists_launches(cli: Cli, saved_plan: Plan, store: PlanStore) -> No
     assert ["add/64x16/16bit/256", "32", "128", "4", "4096", "3", "ok", "1.2"] in lines
 
 
+def test_show_reads_a_file_and_keeps_nothing(cli: Cli, saved_plan: Plan, store: PlanStore, work: Path) -> None:
+    (work / "theirs.json").write_text(on_another_machine(saved_plan).to_json())
+    theirs = on_another_machine(saved_plan)
+    assert cli("plan", "show", "theirs.json").stdout.startswith(f"plan {theirs.id}: {theirs.choices.summary()}")
+    assert json.loads(cli("plan", "show", "theirs.json", "--json").stdout)["id"] == theirs.id
+    assert store.entries() == [saved_plan]
+    missing = cli("plan", "show", "nowhere.json")
+    assert (missing.exit_code, missing.stdout) == (6, "")
+    assert "cannot read the plan nowhere.json" in missing.stderr
+
+
 @pytest.mark.parametrize(
     ("kernels", "message"),
     [
