@@ -63,8 +63,9 @@ def show(id: Annotated[str, typer.Argument(metavar="ID", help=PLAN_OR_FILE)], as
         return
     evidence = plan.evidence
     print_line(f"plan {plan.id}: {plan.choices.summary()}")
+    origin = "made" if _is_file(id) else plan.origin
     print_line(
-        f"{plan.origin} {age(evidence.created_at)} ({evidence.created_at or 'no date'}) by {evidence.command or '?'}"
+        f"{origin} {age(evidence.created_at)} ({evidence.created_at or 'no date'}) by {evidence.command or '?'}"
     )
     if plan.origin == "shipped" and not _misses(plan):
         known = _verification(plan)
@@ -188,8 +189,12 @@ def prune(
 
 def _find(name: str) -> Plan:
     """A plan by its id, or a plan file."""
-    path = Path(name)
-    return read_foreign_plan(path) if path.suffix == ".json" or path.is_file() else find_plan(_plans(), name)
+    return read_foreign_plan(Path(name)) if _is_file(name) else find_plan(_plans(), name)
+
+
+def _is_file(name: str) -> bool:
+    """Whether a file is meant, not an id."""
+    return Path(name).suffix == ".json" or Path(name).is_file()
 
 
 def _plans() -> list[Plan]:

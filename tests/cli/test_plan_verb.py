@@ -87,7 +87,9 @@ def test_show_lists_launches(cli: Cli, saved_plan: Plan, store: PlanStore) -> No
 def test_show_reads_a_file_and_keeps_nothing(cli: Cli, saved_plan: Plan, store: PlanStore, work: Path) -> None:
     (work / "theirs.json").write_text(on_another_machine(saved_plan).to_json())
     theirs = on_another_machine(saved_plan)
-    assert cli("plan", "show", "theirs.json").stdout.startswith(f"plan {theirs.id}: {theirs.choices.summary()}")
+    what, made, *_ = cli("plan", "show", "theirs.json").stdout.splitlines()
+    assert what == f"plan {theirs.id}: {theirs.choices.summary()}"
+    assert made.startswith("made "), "not imported"
     assert json.loads(cli("plan", "show", "theirs.json", "--json").stdout)["id"] == theirs.id
     assert store.entries() == [saved_plan]
     missing = cli("plan", "show", "nowhere.json")
