@@ -64,9 +64,7 @@ def show(id: Annotated[str, typer.Argument(metavar="ID", help=PLAN_OR_FILE)], as
     evidence = plan.evidence
     print_line(f"plan {plan.id}: {plan.choices.summary()}")
     origin = "made" if _is_file(id) else plan.origin
-    print_line(
-        f"{origin} {age(evidence.created_at)} ({evidence.created_at or 'no date'}) by {evidence.command or '?'}"
-    )
+    print_line(f"{origin} {age(evidence.created_at)} ({evidence.created_at or 'no date'}) by {evidence.command or '?'}")
     if plan.origin == "shipped" and not _misses(plan):
         known = _verification(plan)
         print_line(describe_verification(known) + (f": {known.detail}" if known is not None else ""))
