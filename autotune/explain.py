@@ -7,7 +7,7 @@ from what the trials say of the layers' prices, it is `predicted`: `fastft tune 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from autotune.layer_costs import LayerCosts, layer_costs
+from autotune.layer_costs import LayerCosts, all_layer_costs
 from autotune.probe import judge_again
 from autotune.ranking import NOISE, Standings
 from autotune.space import MIXED_HEADROOM
@@ -46,11 +46,7 @@ def explain(plan: Plan, config: RunConfig, shape: ModelShape, device: Device) ->
     ]
     if not measured:
         return []
-    of_layers = []
-    for backend, micro_batch in sorted({(trial.choices.backend, trial.choices.micro_batch) for trial in trials}):
-        if backend != "peft":  # stock checkpoints all layers or none
-            costs = layer_costs(trials, backend, micro_batch, shape=shape, config=config, device=device)
-            of_layers += [] if costs is None else [costs]
+    of_layers = all_layer_costs(trials, shape=shape, config=config, device=device)
     largest = max(measured, key=lambda each: each.tokens_per_second).peak_bytes
     least = [round(costs.base_bytes / MIXED_HEADROOM) for costs in of_layers]
     smallest = min([each.peak_bytes for each in measured] + least)

@@ -108,6 +108,17 @@ def layer_costs(
     return LayerCosts(layers, base_ms, base_bytes, like, len(group.uniform))
 
 
+def all_layer_costs(
+    trials: Sequence[Trial], *, shape: ModelShape, config: RunConfig, device: Device
+) -> list[LayerCosts]:
+    """`layer_costs` of every backend and micro-batch that ran, but of stock, which checkpoints all layers or none."""
+    kinds = sorted({(trial.choices.backend, trial.choices.micro_batch) for trial in trials})
+    found = (
+        layer_costs(trials, *kind, shape=shape, config=config, device=device) for kind in kinds if kind[0] != "peft"
+    )
+    return [costs for costs in found if costs is not None]
+
+
 @dataclass
 class _Group:
     """What was measured of candidates that are alike in everything but placement and launches."""

@@ -21,7 +21,7 @@ from typing import Literal
 from autotune.forecast import far_behind
 from autotune.kernel_store import KernelStore
 from autotune.kernels import START_SECONDS, RunKernels, search_kernels, step_buckets, winners
-from autotune.layer_costs import LayerCosts, layer_costs
+from autotune.layer_costs import LayerCosts, all_layer_costs
 from autotune.memory import predicted_too_large
 from autotune.pool import FIRST, TrialPool
 from autotune.probe import ProbeRequest
@@ -248,14 +248,9 @@ class Search:
         budget, best = self._usable_bytes(), self._standings.best()
         limit = float("inf") if best is None else (1 - WORTH_TRYING) * median(best.step_time_ms)
         found = None
-        for backend, micro_batch in sorted({(t.choices.backend, t.choices.micro_batch) for t in self.trials}):
-            if backend == "peft":
-                continue  # stock checkpoints all layers or none
-            costs = layer_costs(
-                self.trials, backend, micro_batch, shape=self.shape, config=self.config, device=self.device
-            )
-            solved = None if costs is None else costs.solve(budget * MIXED_HEADROOM)
-            if costs is None or solved is None or self._launched(solved[1]) in self._standings.order():
+        for costs in all_layer_costs(self.trials, shape=self.shape, config=self.config, device=self.device):
+            solved = costs.solve(budget * MIXED_HEADROOM)
+            if solved is None or self._launched(solved[1]) in self._standings.order():
                 continue
             if solved[0] < limit:
                 limit, found = solved[0], (solved[1], costs, budget)

@@ -19,14 +19,14 @@ import typer
 
 from autotune.ranking import NOISE
 from bench import tables
-from bench.flags import FolderFlag, MinutesFlag, ModelArgument, Verb, axes_flags, parse_caps, steps_flags
+from bench.flags import FolderFlag, MinutesFlag, ModelArgument, axes_flags, parse_caps, steps_flags
 from bench.grid import Axes, Grid, measure_grid
 from bench.loop import LOOP, compare_loops
 from bench.measures import MEASURES_FILE, compare_measures
 from bench.regret import CAPS, REGRET, STORE, capped, compare, peaks_between, plan_of, spread_caps, tuned_plan
 from bench.repeats import REPEATS, repeat_tuning
 from bench.trials import Deadline, Steps
-from fastft.commands.flags import KEY_FLAGS, run_flags
+from fastft.commands.flags import KEY_FLAGS, Verb, run_flags
 from fastft.config import RunConfig
 from fastft.console import keeping, print_line, report_error, say, set_up_logging
 from fastft.errors import FastftError, PlanError

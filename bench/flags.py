@@ -4,16 +4,15 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from bench.grid import Axes
 from bench.trials import Steps
+from fastft.commands.flags import Verb
 from fastft.config import parse_bytes
 from fastft.errors import ConfigError
-
-Verb = TypeVar("Verb", bound=Callable[..., None])
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a shipped shape, or tiny.")]
 FolderFlag = Annotated[Path, typer.Option("--output", help="The folder for what this writes; a second call goes on.")]

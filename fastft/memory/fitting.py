@@ -16,7 +16,7 @@ from itertools import combinations, product
 
 from fastft.config import RunConfig
 from fastft.hardware import Device
-from fastft.memory.model import dense_layer_bytes, estimate_peak_bytes, memory_terms, records
+from fastft.memory.model import dense_layer_bytes, estimate_peak_bytes, is_gpu, memory_terms, records
 from fastft.memory.work import policy_work, step_work, work_beside_placement
 from fastft.models.shapes import ModelShape
 from fastft.plan import OFFLOADED, Choices, Policy
@@ -40,13 +40,13 @@ def fit(
 
     Backend, micro-batch and attention stay, and the placement where `config` gives one.
     """
-
-    def beside_placement(option: Choices) -> float:
-        return work_beside_placement(shape, option, config, device)
-
+    options = [
+        (work_beside_placement(shape, option, config, device), option)
+        for option in _options(shape, choices, config, device)
+    ]
     best: tuple[float, Choices] | None = None
-    for option in sorted(_options(shape, choices, config, device), key=beside_placement):
-        if best is not None and beside_placement(option) >= best[0]:
+    for beside_placement, option in sorted(options, key=lambda pair: pair[0]):
+        if best is not None and beside_placement >= best[0]:
             break
         if config.placement is not None:
             placement: list[Policy] | None = [config.placement] * shape.layers
@@ -66,7 +66,7 @@ def fit(
 
 def smallest(shape: ModelShape, choices: Choices, config: RunConfig, *, device: Device | None = None) -> Choices:
     """`choices` with everything given up for memory; chunks are small even where they are not what binds."""
-    on_gpu = (device is None or device.kind == "cuda") and choices.backend != "peft"
+    on_gpu = is_gpu(device) and choices.backend != "peft"
     options = list(_options(shape, choices, config, device))
     to_host = memory_terms(shape, choices, config, device).host([("offload", shape.layers)])
     policy: Policy = config.placement or ("offload" if on_gpu and to_host <= host_limit(device) else "full")
@@ -97,7 +97,7 @@ def best_placement_under(
         uniform: list[list[Policy]] = [[policy] * layers for policy in ("light", "full")]
         return next((placement for placement in uniform if terms.peak(placement) <= cap_bytes), None)
     ladder: list[Policy] = ["light", "mlp", "full"]
-    if device is None or device.kind == "cuda":
+    if is_gpu(device):
         ladder += OFFLOADED
     flops = {policy: policy_work(policy, terms, shape, choices, config, device) for policy in ladder}
     best: tuple[float, int, list[tuple[Policy, int]]] | None = None
@@ -133,9 +133,8 @@ def _options(shape: ModelShape, choices: Choices, config: RunConfig, device: Dev
         yield choices
         return
     tokens = choices.micro_batch * config.sequence_tokens
-    on_gpu = device is None or device.kind == "cuda"
     modes = [choices.graphs, *(["off"] if records(shape, choices, config, device) else [])]
-    homes = [False, *([True] if on_gpu and not shape.tied_embeddings else [])]
+    homes = [False, *([True] if is_gpu(device) and not shape.tied_embeddings else [])]
     loss_chunks = dict.fromkeys((choices.loss_chunk_tokens, min(choices.loss_chunk_tokens, SMALL_LOSS_CHUNK)))
     mlp_chunks = (None, *(chunk for chunk in MLP_CHUNKS if chunk < tokens))
     for graphs, host, loss_chunk, mlp_chunk in product(modes, homes, loss_chunks, mlp_chunks):

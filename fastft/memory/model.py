@@ -118,8 +118,7 @@ def memory_terms(shape: ModelShape, choices: Choices, config: RunConfig, device:
         config: dtype, quantization, adapter, optimizer and sequence length.
         device: decides what dtype "auto" is; None stands for a GPU with bf16.
     """
-    dtype = resolve_dtype(config.dtype, device) if device is not None else config.dtype
-    a = DTYPE_BYTES.get(dtype, 2)
+    a = element_bytes(config, device)
     T = choices.micro_batch * config.sequence_tokens
     D, V, sizes = shape.hidden, shape.vocabulary, shape.linear_sizes.values()
     fused = choices.backend != "peft"
@@ -183,9 +182,20 @@ def memory_terms(shape: ModelShape, choices: Choices, config: RunConfig, device:
     )
 
 
+def element_bytes(config: RunConfig, device: Device | None = None) -> int:
+    """Of an activation; `device` None stands for a GPU with bf16."""
+    dtype = resolve_dtype(config.dtype, device) if device is not None else config.dtype
+    return DTYPE_BYTES.get(dtype, 2)
+
+
+def is_gpu(device: Device | None) -> bool:
+    """Whether the device is one; None stands for a GPU."""
+    return device is None or device.kind == "cuda"
+
+
 def records(shape: ModelShape, choices: Choices, config: RunConfig, device: Device | None = None) -> bool:
     """Whether a run of `choices` replays CUDA graphs, if its batches allow it."""
-    if choices.backend == "peft" or config.lora.dropout or (device is not None and device.kind != "cuda"):
+    if choices.backend == "peft" or config.lora.dropout or not is_gpu(device):
         return False
     return is_recorded(choices.graphs, choices.micro_batch * config.sequence_tokens, shape.linear_weights)
 
@@ -209,8 +219,7 @@ def estimate_peak_bytes(shape: ModelShape, choices: Choices, config: RunConfig, 
 
 def dense_layer_bytes(shape: ModelShape, config: RunConfig, device: Device | None = None) -> int:
     """The linear weights of one decoder layer in the dtype of the activations."""
-    dtype = resolve_dtype(config.dtype, device) if device is not None else config.dtype
-    return shape.linear_weights * DTYPE_BYTES.get(dtype, 2)
+    return shape.linear_weights * element_bytes(config, device)
 
 
 def _stock_layer_bytes(shape: ModelShape, a: int) -> float:

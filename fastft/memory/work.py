@@ -21,8 +21,8 @@ from collections import Counter
 from typing import NamedTuple
 
 from fastft.config import RunConfig
-from fastft.hardware import Device, resolve_dtype
-from fastft.memory.model import DTYPE_BYTES, MemoryTerms, memory_terms, records
+from fastft.hardware import Device
+from fastft.memory.model import MemoryTerms, element_bytes, is_gpu, memory_terms, records
 from fastft.models.shapes import ModelShape
 from fastft.plan import OFFLOADED, Choices, Policy
 
@@ -74,19 +74,17 @@ def work_beside_placement(
     shape: ModelShape, choices: Choices, config: RunConfig, device: Device | None = None
 ) -> float:
     """What `step_work` is where no layer computes anything again or moves anything."""
-    T, S, on_gpu = choices.micro_batch * config.sequence_tokens, config.sequence_tokens, _is_gpu(device)
-    D, V = shape.hidden, shape.vocabulary
-    a = DTYPE_BYTES.get(resolve_dtype(config.dtype, device) if device is not None else config.dtype, 2)
-    of_layers = [_layer_work(shape, S, device, config, window) for window in layer_windows(shape)]
-    started = _RATES["cuda" if on_gpu else "cpu"].a_start / T
-    launched = on_gpu and not records(shape, choices, config, device)
+    T, D, V = choices.micro_batch * config.sequence_tokens, shape.hidden, shape.vocabulary
+    of_layers = [_layer_work(shape, config, device, window) for window in layer_windows(shape)]
+    started = _rates(device).a_start / T
+    launched = is_gpu(device) and not records(shape, choices, config, device)
     waits = [max(0.0, _LAUNCHING_FLOPS / T - layer - started) if launched else 0.0 for layer in of_layers]
     loss_rows = min(choices.loss_chunk_tokens, T)
     of_head = 4.0 * D * V * (1 + _SMALLER_PRODUCTS * max(0.0, _FULL_LOSS_CHUNK / loss_rows - 1) / 2)
     of_tiles = 0.0
     if choices.mlp_chunk_tokens is not None:
         of_tiles = _tiles_work(shape, choices.mlp_chunk_tokens, launched=launched)
-    of_host = float(D * a * _FLOPS_A_MOVED_BYTE) if choices.host_embedding else 0.0
+    of_host = float(D * element_bytes(config, device) * _FLOPS_A_MOVED_BYTE) if choices.host_embedding else 0.0
     dequantized = 0.0
     if config.quantization != "none":
         weights = (shape.layers - choices.resident_layers) * shape.linear_weights
@@ -112,12 +110,12 @@ def policy_work(
         terms: of `choices`.
         window: how many tokens a query of the layer sees; None for all before it.
     """
-    T, S = choices.micro_batch * config.sequence_tokens, config.sequence_tokens
-    again = recompute_flops(shape, policy, S, choices.backend, window=window)
+    again = recompute_flops(shape, policy, config.sequence_tokens, choices.backend, window=window)
     if policy not in OFFLOADED or choices.backend == "peft":
         return again
-    of_layer = _layer_work(shape, S, device, config, window)
-    waits = max(0.0, terms.moved.get(policy, 0) / T * _FLOPS_A_MOVED_BYTE - of_layer / 2)
+    tokens = choices.micro_batch * config.sequence_tokens
+    of_layer = _layer_work(shape, config, device, window)
+    waits = max(0.0, terms.moved.get(policy, 0) / tokens * _FLOPS_A_MOVED_BYTE - of_layer / 2)
     return again + waits + _HIDDEN_COPIES * of_layer
 
 
@@ -166,14 +164,11 @@ def seen_share(window: int | None, tokens: int) -> float:
     return (window * tokens - window * window / 2) / (tokens * tokens / 2)
 
 
-def _layer_work(
-    shape: ModelShape, sequence_tokens: int, device: Device | None, config: RunConfig, window: int | None
-) -> float:
+def _layer_work(shape: ModelShape, config: RunConfig, device: Device | None, window: int | None) -> float:
     """A layer's products and traffic."""
-    a = DTYPE_BYTES.get(resolve_dtype(config.dtype, device) if device is not None else config.dtype, 2)
-    moved = a * (_TRAFFIC_OF_HIDDEN * shape.hidden + _TRAFFIC_OF_MLP * shape.intermediate)
-    rates = _RATES["cuda" if _is_gpu(device) else "cpu"]
-    return layer_flops(shape, sequence_tokens, window=window) + rates.a_byte * moved
+    elements = _TRAFFIC_OF_HIDDEN * shape.hidden + _TRAFFIC_OF_MLP * shape.intermediate
+    traffic = _rates(device).a_byte * element_bytes(config, device) * elements
+    return layer_flops(shape, config.sequence_tokens, window=window) + traffic
 
 
 def _tiles_work(shape: ModelShape, tile: int, *, launched: bool) -> float:
@@ -184,5 +179,5 @@ def _tiles_work(shape: ModelShape, tile: int, *, launched: bool) -> float:
     return _SMALLER_PRODUCTS * mlp_flops * (_FULL_TILE / tile) / 2 + waits
 
 
-def _is_gpu(device: Device | None) -> bool:
-    return device is None or device.kind == "cuda"
+def _rates(device: Device | None) -> _Rates:
+    return _RATES["cuda" if is_gpu(device) else "cpu"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastft import ledger_of, patch_model
 from fastft.adapters.lora import read_linear, stand_in, why_not_alone, why_not_fused
 from fastft.models.shapes import SHAPES
-from peft_models import randomize_adapters
+from peft_models import gradients_on, randomize_adapters
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32
@@ -47,10 +47,7 @@ def make_batch(model: Any, rows: int = 3) -> dict[str, Tensor]:
 
 
 def gradients_of(model: Any) -> tuple[float, dict[str, Tensor]]:
-    model.zero_grad()
-    loss = model(**make_batch(model), use_cache=False).loss
-    loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return gradients_on(model, make_batch(model))
 
 
 def assert_same(result: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]) -> None:

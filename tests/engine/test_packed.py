@@ -12,16 +12,13 @@ from fastft import patch_model
 from fastft.engine import forwards
 from fastft.engine.packed import confirmation, tell_documents, told_documents
 from fastft.kernels.attention.seen import documents_of
+from peft_models import gradients_on
 
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32
 
 
 def gradients_of(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    device = next(model.parameters()).device
-    moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-    model.zero_grad()
-    model(**moved, use_cache=False).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return gradients_on(model, batch)[1]
 
 
 def positions_of(rows: list[list[int]]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastft import FastLanguageModel, unpatch_model
 from fastft.models.shapes import SHAPES
-from peft_models import randomize_adapters
+from peft_models import gradients_on, randomize_adapters
 
 # Looser than in tests/engine: with the shapes' own small weights, k's gradient is a difference of nearly equal numbers.
 TOLERANCE = 1e-4
@@ -48,10 +48,7 @@ def make_batch(model: Any) -> dict[str, Tensor]:
 
 
 def gradients_of(model: Any) -> tuple[float, dict[str, Tensor]]:
-    model.zero_grad()
-    loss = model(**make_batch(model), use_cache=False).loss
-    loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return gradients_on(model, make_batch(model))
 
 
 def assert_equals_stock(model: Any) -> None:

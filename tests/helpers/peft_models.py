@@ -1,11 +1,21 @@
 """What tests do to stock PEFT models before they compare with them."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def gradients_on(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one batch, without a cache: packed documents are seen only so."""
+    device = next(model.parameters()).device
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    model.zero_grad()
+    loss = model(**moved, use_cache=False).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def randomize_adapters(model: Model, seed: int = 2) -> Model:
