@@ -1,4 +1,4 @@
-"""The tuner on what an H100 measured (reports/published): its probes are answered from the records of three grids.
+"""The tuner on what an H100 measured (reports/published): its probes are answered from the records of four grids.
 
 A grid has uniform placements and halves; what the tuner asks for beyond them is put together from the uniform ones, a
 layer a share: measured halves agree with that within 2 %.  So the arithmetic that leads the tuner is held against a
@@ -27,7 +27,10 @@ from fastft.record import Memory
 
 H100 = Device("cuda", "NVIDIA H100 80GB HBM3", "9.0", 132, 79 * 2**30, 16, None, 128 * 2**30)
 PUBLISHED = Path(__file__).parents[2] / "reports" / "published"
-GRIDS = ("qwen2-0.5b", "qwen2-1.5b", "llama-3-8b")
+GRIDS = (
+    "2026-11-25-h100-regret-qwen2-0.5b", "2026-11-25-h100-regret-qwen2-1.5b", "2026-11-25-h100-regret-llama-3-8b",
+    "2026-11-26-h100-regret-llama-3.2-1b",
+)  # fmt: skip
 LAUNCHES_MS_A_LAYER = 5.4
 """Without graphs, on the machine of the first grid."""
 OTHER_ATTENTION, TILES = 1.08, 1.3
@@ -37,9 +40,10 @@ OTHER_ATTENTION, TILES = 1.08, 1.3
 class RecordedGpu:
     """Trials by the records of one grid, with 0.3 % of noise."""
 
-    def __init__(self, model: str) -> None:
-        file = TrialFile(PUBLISHED / f"2026-11-25-h100-regret-{model}" / "grid.jsonl")
-        self.shape, self.config, self.probes = SHAPES[model], file.header().config, 0
+    def __init__(self, record: str) -> None:
+        file = TrialFile(PUBLISHED / record / "grid.jsonl")
+        self.config, self.probes = file.header().config, 0
+        self.shape = SHAPES[self.config.model]
         self.trials = [trial for trial in file.trials() if trial.verdict == "ok"]
 
     def __call__(self, request: ProbeRequest) -> Trial:
@@ -115,18 +119,18 @@ def outcome(gpu: RecordedGpu, cap: int, folder: Path) -> tuple[float, float]:
     )
 
 
-@pytest.mark.parametrize("model", GRIDS)
-def test_mixed_placements_are_their_layers_shares(model: str) -> None:
-    gpu = RecordedGpu(model)
+@pytest.mark.parametrize("record", GRIDS)
+def test_mixed_placements_are_their_layers_shares(record: str) -> None:
+    gpu = RecordedGpu(record)
     mixed = [t for t in gpu.trials if len(set(t.choices.placement)) > 1]
     ratios = [(gpu.trial(t.choices).tokens_per_second or 0) / (t.tokens_per_second or 1) for t in mixed]
     assert len(mixed) > 10
     assert statistics.median(ratios) == pytest.approx(1.0, abs=0.02)
 
 
-@pytest.mark.parametrize("model", GRIDS)
-def test_the_tuned_plan_is_close_to_the_best_of_the_grid(model: str, tmp_path: Path) -> None:
-    gpu = RecordedGpu(model)
+@pytest.mark.parametrize("record", GRIDS)
+def test_the_tuned_plan_is_close_to_the_best_of_the_grid(record: str, tmp_path: Path) -> None:
+    gpu = RecordedGpu(record)
     found = [outcome(gpu, cap, tmp_path / str(cap)) for cap in caps_of(gpu)]
     regrets = [regret for regret, _ in found]
     assert statistics.median(regrets) <= 0.02
@@ -135,6 +139,6 @@ def test_the_tuned_plan_is_close_to_the_best_of_the_grid(model: str, tmp_path: P
 
 
 def test_the_grids_know_nothing_of_caps() -> None:
-    for model in GRIDS:
-        config = RecordedGpu(model).config
+    for record in GRIDS:
+        config = RecordedGpu(record).config
         assert config == free(config)
