@@ -47,3 +47,22 @@ def far_behind(
     if time_ms <= (1 + (FAR_BEHIND if seen else FAR_BEHIND_UNSEEN)) * min(fits):
         return None
     return f"forecast {time_ms:,.0f} ms a step, {time_ms / min(fits):.2f}× the best measured"
+
+
+def beaten_by_one_alike(
+    candidate: Choices, trials: Sequence[Trial], config: RunConfig, shape: ModelShape, device: Device
+) -> str | None:
+    """Why a candidate is not worth a probe after something that fits and is the same but for having done less.
+
+    Choices that are fitted with some headroom are for the case that the default, fitted with less, does not fit.  What
+    has one policy that its rival has not is worth one all the same: the solver wants its price.
+    """
+    policies = set(candidate.placement)
+    for trial in trials:
+        other = trial.choices
+        alike = (other.backend, other.micro_batch) == (candidate.backend, candidate.micro_batch)
+        if not alike or trial.verdict != "ok" or (len(policies) == 1 and policies != set(other.placement)):
+            continue
+        if forecast(other, config, shape, device) < forecast(candidate, config, shape, device):
+            return f"forecast slower than {other.summary()}, which fits"
+    return None

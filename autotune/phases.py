@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from statistics import median
 from typing import Literal
 
-from autotune.forecast import far_behind
+from autotune.forecast import beaten_by_one_alike, far_behind
 from autotune.kernel_store import KernelStore
 from autotune.kernels import START_SECONDS, RunKernels, search_kernels, step_buckets, winners
 from autotune.layer_costs import LayerCosts, all_layer_costs
@@ -231,7 +231,8 @@ class Search:
             return "the measured peaks predict more memory than there is"
         if self.effort == "exhaustive":
             return None
-        return far_behind(candidate, self.trials, self.config, self.shape, self.device)
+        known = self.trials, self.config, self.shape, self.device
+        return beaten_by_one_alike(candidate, *known) or far_behind(candidate, *known)
 
     def _mixed(self) -> None:
         """The most promising solved placement, again and again, as each that was measured tells more of the prices."""

@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from autotune.forecast import forecast
 from fastft.config import RunConfig
-from fastft.defaults import default_for, divisors
+from fastft.defaults import default_choices, default_for, divisors
 from fastft.hardware import Device
 from fastft.memory.fitting import fit
 from fastft.memory.model import estimate_peak_bytes, memory_terms, records
@@ -159,8 +159,10 @@ def candidates(config: RunConfig, shape: ModelShape, device: Device, effort: Eff
     sizes = _micro_batches(config.batch_size, default.micro_batch, level, device, unbound=unbound)
     fused = [default.backend] if default.backend != "peft" else []
     if config.quantization != "none" or not unbound:
+        # Not from the default: it may have given up for its own micro-batch what another need not.
+        free = default_choices(config, shape, default.backend, device)
         for size in sizes if default.backend != "peft" else []:
-            rows = default.model_copy(update={"micro_batch": size, "accumulation": config.batch_size // size})
+            rows = free.model_copy(update={"micro_batch": size, "accumulation": config.batch_size // size})
             fitted = fit(int(FIT_SHARE * limit), shape, rows, config, device=device)
             if fitted is not None and fitted not in found:
                 found.append(fitted)

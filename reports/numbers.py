@@ -71,8 +71,7 @@ def interval(estimate: Estimate) -> str:
     if estimate.neutral == 0:
         bounds = f"{points(estimate.low)} to {points(estimate.high)}"
     else:
-        low, high = number(estimate.low, 3), number(estimate.high, 3)
-        bounds = low if low == high else f"{low}{DASH}{high}"
+        bounds = f"{number(estimate.low, 3)}{DASH}{number(estimate.high, 3)}"
     return f"95 % CI {bounds}{': ambiguous' if estimate.verdict == 'ambiguous' else ''}"
 
 

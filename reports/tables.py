@@ -3,12 +3,14 @@
 `html` and `markdown` render the same `Document`, so the two reports cannot disagree.
 """
 
-import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import ValidationError
+
+from fastft.plan import Choices
 from fastft.record import Record
 from reports.checks import flatten
 from reports.comparison import (
@@ -355,16 +357,12 @@ def _parity_cells(arm: Arm) -> list[Cell]:
 
 
 def _choices(record: Record) -> str:
-    """The choices as one phrase, equal neighbours of the placement counted: `4×2 sequences, 20×light + 12×full`."""
-    choices = {key: value for key, value in record.choices.items() if key != "backend"}
-    parts = []
-    if {"micro_batch", "accumulation"} <= choices.keys():
-        parts.append(f"{choices.pop('micro_batch')}×{choices.pop('accumulation')} sequences")
-    for key, value in sorted(choices.items()):
-        if isinstance(value, list):
-            value = " + ".join(f"{len(list(run))}×{item}" for item, run in itertools.groupby(value))
-        parts.append(f"{_words(key)} {value}")
-    return clean(", ".join(parts)) or "nothing recorded"
+    """The choices as a phrase for people; those of another version, field by field."""
+    try:
+        return clean(Choices.model_validate(record.choices).summary())
+    except ValidationError:
+        fields = sorted(record.choices.items())
+        return clean(", ".join(f"{_words(key)} {value}" for key, value in fields)) or "nothing recorded"
 
 
 def _name_first(item: tuple[str, object]) -> tuple[bool, str]:

@@ -11,8 +11,9 @@ Everything is in FLOPs a token that the device does in the same time, so that it
     launches        without CUDA graphs the host may take longer for a layer than the GPU
     host embedding  a row a token crosses the bus
 
-Held against 220 configurations of three models on an H100 (docs/log.md, 2026-11-25, "What a step costs"), a scale a
-model aside: wrong by 0.9 to 2.3 % in the root mean square.  A tuned plan rests on measured times, never on this alone.
+Held against 340 configurations of four models on an H100 (docs/log.md, 2026-11-25, "What a step costs", and the day
+after), a scale a model aside: wrong by 0.9 to 2.4 % in the root mean square.  A tuned plan rests on measured times,
+never on this alone.
 
 Legend: T tokens of a micro-batch, S of a sequence, D model, F feed-forward, Q = heads × head size, V vocabulary.
 """
@@ -53,8 +54,9 @@ _LAUNCHING_FLOPS = 3.5e12
 _TILE_LAUNCHING_FLOPS = 3.3e12
 """What a GPU computes while the host launches one tile of a layer's MLP, forward and backward: some 5 ms on a slow host
 (docs/log.md, 2026-11-25: with tiles of 2,048 tokens a step of an 8B in NF4 takes a third longer)."""
-_SMALLER_PRODUCTS = 0.02
-"""Share by which products in chunks are assumed slower, a halving of their rows each."""
+_SMALLER_TILES, _SMALLER_LOSS_CHUNKS = 0.02, 0.05
+"""Share by which the products of an MLP, or of the head, are slower, a halving of their rows each: 512 rows of the
+head's gradient are 24 to 64 blocks for 132 multiprocessors (docs/log.md, 2026-11-26)."""
 _FULL_LOSS_CHUNK, _FULL_TILE = 2048, 8192
 """Rows from which on a product of the head, or of an MLP, is at full speed."""
 
@@ -80,7 +82,7 @@ def work_beside_placement(
     launched = is_gpu(device) and not records(shape, choices, config, device)
     waits = [max(0.0, _LAUNCHING_FLOPS / T - layer - started) if launched else 0.0 for layer in of_layers]
     loss_rows = min(choices.loss_chunk_tokens, T)
-    of_head = 4.0 * D * V * (1 + _SMALLER_PRODUCTS * max(0.0, _FULL_LOSS_CHUNK / loss_rows - 1) / 2)
+    of_head = 4.0 * D * V * (1 + _SMALLER_LOSS_CHUNKS * max(0.0, _FULL_LOSS_CHUNK / loss_rows - 1) / 2)
     of_tiles = 0.0
     if choices.mlp_chunk_tokens is not None:
         of_tiles = _tiles_work(shape, choices.mlp_chunk_tokens, launched=launched)
@@ -176,7 +178,7 @@ def _tiles_work(shape: ModelShape, tile: int, *, launched: bool) -> float:
     replayed, how much longer the host takes for that than the GPU computes."""
     mlp_flops = 4.0 * (2 + shape.spec.gated) * shape.hidden * shape.intermediate * shape.layers
     waits = max(0.0, _TILE_LAUNCHING_FLOPS / tile * shape.layers - mlp_flops) if launched else 0.0
-    return _SMALLER_PRODUCTS * mlp_flops * (_FULL_TILE / tile) / 2 + waits
+    return _SMALLER_TILES * mlp_flops * (_FULL_TILE / tile) / 2 + waits
 
 
 def _rates(device: Device | None) -> _Rates:

@@ -1,6 +1,6 @@
 import pytest
 
-from autotune.forecast import FAR_BEHIND, far_behind, forecast
+from autotune.forecast import FAR_BEHIND, beaten_by_one_alike, far_behind, forecast
 from fastft.config import RunConfig
 from fastft.hardware import Device
 from fastft.models.shapes import SHAPES
@@ -64,3 +64,21 @@ def test_what_is_far_behind_is_not_tried() -> None:
     # The nearest micro-batch counts, not the best.
     slow = trial(choices(size=1), 300.0)
     assert far_behind(choices("mlp", 1), [best, slow], CONFIG, SHAPE, GPU) is not None
+
+
+def test_what_is_fitted_with_headroom_is_tried_only_if_the_default_does_not_fit() -> None:
+    nf4 = CONFIG.model_copy(update={"quantization": "nf4"})
+
+    def beaten(candidate: Choices, *trials: Trial) -> bool:
+        return beaten_by_one_alike(candidate, trials, nf4, SHAPE, GPU) is not None
+
+    assert beaten(choices(resident=12), trial(choices(resident=13), 100.0))
+    assert not beaten(choices(resident=12), trial(choices(resident=13), 100.0, "over_cap"))
+    assert not beaten(choices(resident=13), trial(choices(resident=12), 100.0))
+    assert not beaten(choices(), trial(choices(), 100.0))  # tuned launches are no forecast's business
+    assert not beaten(choices(size=2), trial(choices(), 100.0))
+    mixed = choices().model_copy(update={"placement": ["mlp"] * 5 + ["light"] * 27})
+    assert beaten(mixed, trial(choices(), 100.0))
+    # The price of a policy that did not run is news.
+    assert not beaten(choices("mlp"), trial(choices(), 100.0))
+    assert not beaten(choices("mlp"), trial(mixed, 100.0))

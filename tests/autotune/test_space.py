@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from autotune import space
 from autotune.forecast import forecast
 from autotune.space import (
     EFFORTS,
@@ -129,6 +130,23 @@ def test_left_over_memory_and_a_cap_add_what_arithmetic_fits() -> None:
     assert any(choices.host_embedding and uniform_policy(choices) is None for choices in capped)
     plain = RunConfig(model="llama-3-8b", sequence_tokens=2048, dtype="bf16")
     assert all(uniform_policy(choices) for choices in candidates(plain, shape, GPU, "quick"))
+
+
+def test_another_micro_batch_gives_up_no_more_than_it_must() -> None:
+    """A default that computes its loss in small chunks, to have both rows at once, says nothing of one row."""
+    run = RunConfig(
+        model="llama-3.2-1b", sequence_tokens=4096, batch_size=2, quantization="nf4", dtype="bf16",
+        optimizer="adamw_8bit", memory_cap="7.76GiB",
+    )  # fmt: skip
+    device = replace(GPU, memory_bytes=80 * 2**30)
+    default = default_candidate(run, SHAPES["llama-3.2-1b"], device)
+    small = default.model_copy(update={"loss_chunk_tokens": 512, "host_embedding": True})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(space, "default_candidate", lambda *_: small)
+        found = candidates(run, SHAPES["llama-3.2-1b"], device, "quick")
+    assert small.micro_batch == 2
+    fitted = next(choices for choices in found if choices.micro_batch == 1)
+    assert (fitted.loss_chunk_tokens, fitted.host_embedding, fitted.resident_layers) == (2048, False, 16)
 
 
 def test_what_had_too_little_memory_for_dense_weights_rules_out_nothing_without() -> None:

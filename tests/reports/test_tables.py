@@ -56,6 +56,7 @@ def test_other_numbers():
 
 def test_interval_in_words():
     assert interval(Estimate(1.4, 1.384, 1.486, 5, 1.0)) == "95 % CI 1.38–1.49"
+    assert interval(Estimate(1.02, 1.0204, 1.0236, 5, 1.0)) == "95 % CI 1.02–1.02"
     assert interval(Estimate(1.0, 0.97, 1.04, 5, 1.0)) == "95 % CI 0.970–1.04: ambiguous"
     assert interval(Estimate(0.01, -0.004, 0.019, 5, 0.0)) == "95 % CI −0.4 to +1.9: ambiguous"
     assert interval(Estimate(1.4, None, None, 2, 1.0)) == "too few processes for an interval (2)"
@@ -144,7 +145,9 @@ def test_headline_without_a_ratio(records, record):
 def test_plan_and_environment(records):
     scenario = only(records(clocks={"sm_mhz": 1905, "power_w": 500.5}))
     plan = row(plan_table(scenario), "eager")
-    assert plan[1].text == "4×2 sequences, placement 3×light + 1×full"
+    assert plan[1].text == "eager, 4×2 sequences, placement 3×light + 1×full"
+    other = only(records(choices={"micro_batch": 4, "a_later_choice": [1]}))
+    assert row(plan_table(other), "eager")[1].text == "a later choice [1], micro batch 4"
     assert plan[2].text == "0123456789abcdef-01234567"
     found = {cells[0].text: cells[1].text for cells in environment_table(scenario).rows}
     assert found["Device"] == "name CPU (2 cores) · memory 8.00 GiB"
