@@ -4,23 +4,18 @@ from dataclasses import replace
 
 import pytest
 
+from devices import CPU, GPU
 from fastft import defaults
 from fastft.config import RunConfig
 from fastft.defaults import Default, default_choices, default_for, resolve_backend
 from fastft.errors import BackendError, PlanError
-from fastft.hardware import Device
 from fastft.memory.model import estimate_peak_bytes
 from fastft.models.shapes import SHAPES
 
-CPU = Device("cpu", "Test CPU", None, None, 2**35 + 12345, 2)
-GPU = Device("cuda", "Test GPU", "9.0", 132, 140 * 2**30, 8, "0000:01")
 SHAPE = SHAPES["toy-llama"]
 CONFIG = RunConfig(model="toy-llama", sequence_tokens=128)
 
-
-@pytest.fixture(autouse=True)
-def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+pytestmark = pytest.mark.usefixtures("no_interpreter")
 
 
 def test_auto_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 import fastft
+from devices import CPU, GPU
 from fastft import planning
 from fastft.config import LoraConfig, RunConfig
 from fastft.defaults import default_choices
@@ -23,15 +24,10 @@ from fastft.planning import (
 from fastft.plans.shipped import ShippedPlans
 from fastft.plans.verification import Verifications, rejected
 
-CPU = Device("cpu", "Test CPU", None, None, 2**35 + 12345, 2)
-GPU = Device("cuda", "Test GPU", "9.0", 132, 140 * 2**30, 8, "0000:01")
 SHAPE = SHAPES["toy-llama"]
 CONFIG = RunConfig(model="toy-llama", sequence_tokens=128)
 
-
-@pytest.fixture(autouse=True)
-def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+pytestmark = pytest.mark.usefixtures("no_interpreter")
 
 
 @pytest.fixture
@@ -146,7 +142,7 @@ def test_a_miss_names_the_nearest_plan_and_why_it_missed(store: PlanStore) -> No
 def test_few_of_many_differences_are_named(store: PlanStore) -> None:
     store.save(tuned(CONFIG.model_copy(update={"sequence_tokens": 64, "packing": True, "dtype": "bf16"}), GPU))
     message = resolve(CONFIG, SHAPE, CPU, store).message
-    assert "differs: device: plan Test GPU, this run Test CPU; " in message
+    assert "differs: device: plan H, this run C; " in message
     assert " and 4 more): default" in message
 
 
@@ -173,7 +169,7 @@ def test_a_shipped_plan_is_followed_where_the_user_has_none(store: PlanStore, sh
     assert (found.plan, found.choices) == (plan, plan.choices)
     assert found.verified_for == plan_key(CONFIG, SHAPE, CPU)
     assert found.message == (
-        f"plan {plan.id}: {plan.choices.summary()}; shipped with fastft {fastft.__version__}, made on Test CPU 3 days "
+        f"plan {plan.id}: {plan.choices.summary()}; shipped with fastft {fastft.__version__}, made on C 3 days "
         "ago at 12,346 tokens/s (default 10,000); not verified on this machine yet"
     )
     own = tuned(choices=plan.choices.model_copy(update={"micro_batch": 4, "accumulation": 4}))

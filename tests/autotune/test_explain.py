@@ -6,13 +6,12 @@ from hypothesis import strategies as st
 
 from autotune.explain import explain
 from autotune.ranking import NOISE
+from devices import GPU
 from fastft.config import RunConfig
-from fastft.hardware import Device
 from fastft.models.shapes import SHAPES
 from fastft.plan import Choices, Evidence, Plan, Policy, Trial
 from fastft.planning import plan_key
 
-GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
 SHAPE = SHAPES["toy-llama"]
 CONFIG = RunConfig(model="toy-llama", sequence_tokens=4096, memory_cap="1GiB")
 STEP_TOKENS = 16 * 4096

@@ -1,12 +1,11 @@
 import pytest
 
 from autotune.forecast import FAR_BEHIND, beaten_by_one_alike, far_behind, forecast
+from devices import GPU
 from fastft.config import RunConfig
-from fastft.hardware import Device
 from fastft.models.shapes import SHAPES
 from fastft.plan import Choices, Policy, Trial
 
-GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
 SHAPE = SHAPES["llama-3-8b"]
 CONFIG = RunConfig(model="llama-3-8b", sequence_tokens=2048, dtype="bf16")
 

@@ -19,17 +19,16 @@ from autotune.phases import Progress
 from autotune.runner import Ended, run_worker
 from autotune.search import tune
 from autotune.space import EFFORTS, default_candidate
+from devices import CPU, GPU
 from fastft.config import LoraConfig, RunConfig
 from fastft.files import canonical_json, sha256_of
-from fastft.hardware import Device, detect_device, resolve_dtype
+from fastft.hardware import detect_device, resolve_dtype
 from fastft.kernels.launches import MAX_RANK, OPERATIONS, Bucket, Launch
 from fastft.models.shapes import SHAPES
 from fastft.plan import Choices, KernelTrial, Trial
 from fastft.plan_store import PlanStore
 from fastft.planning import plan_key
 
-CPU = Device("cpu", "C", None, None, 2**35, 2)
-GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
 CONFIG = RunConfig(model="llama-3.2-1b", sequence_tokens=1024)
 SHAPE = SHAPES["llama-3.2-1b"]
 KEY = plan_key(CONFIG, SHAPE, GPU)

@@ -5,11 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autotune.layer_costs import MIXED_ERROR, LayerCosts, corrected_times, layer_costs
+from devices import CPU, GPU
 from fastft.config import RunConfig
 from fastft.memory.work import recompute_flops, step_work
 from fastft.models.shapes import SHAPES, ModelShape
 from fastft.plan import Choices, Policy, Trial
-from uniform_trials import CONFIG, CPU, GPU, SHAPE, trial
+from uniform_trials import CONFIG, SHAPE, trial
 
 
 def test_measured_uniform_placements_become_costs_a_layer() -> None:

@@ -14,7 +14,8 @@ from autotune.ranking import NOISE
 from autotune.runner import Ended
 from autotune.search import tune
 from autotune.space import EFFORTS, LOSS_CHUNKS, default_candidate, uniform_policy
-from fake_gpu import CONFIG, CPU, GIB, GPU, SAVED_MIB, SHAPE, FakeGpu, capped, run
+from devices import CPU, GPU
+from fake_gpu import CONFIG, GIB, SAVED_MIB, SHAPE, FakeGpu, capped, run
 from fastft.errors import MeasureError
 from fastft.hardware import Device
 from fastft.models.shapes import SHAPES

@@ -13,7 +13,8 @@ from autotune.phases import Progress
 from autotune.probe import ProbeRequest
 from autotune.search import _spares, dry_run, tune
 from autotune.space import EFFORTS, default_candidate, uniform_policy
-from fake_gpu import CONFIG, CPU, GIB, GPU, SHAPE, FakeGpu, capped, run
+from devices import CPU, GPU
+from fake_gpu import CONFIG, GIB, SHAPE, FakeGpu, capped, run
 from fastft.config import RunConfig
 from fastft.errors import ConfigError, MeasureError
 from fastft.hardware import Device
@@ -54,8 +55,7 @@ def test_a_cached_plan_is_returned_without_a_probe(store: PlanStore) -> None:
 
 def test_a_cached_plan_is_returned_quickly_and_without_torch(tmp_path: Path) -> None:
     config = RunConfig(model="toy-llama", sequence_tokens=64, device="cpu")
-    device = Device("cpu", "C", None, None, 2**35, 2)
-    tune(config, run_probe=FakeGpu(), store=PlanStore(tmp_path), device=device)
+    tune(config, run_probe=FakeGpu(), store=PlanStore(tmp_path), device=CPU)
     code = """
 import sys, time
 started = time.perf_counter()

@@ -15,13 +15,12 @@ from autotune.space import (
     uniform_policy,
     why_skip,
 )
+from devices import CPU, GPU
 from fastft.config import RunConfig
 from fastft.hardware import Device
 from fastft.models.shapes import SHAPES, ModelShape
 from fastft.plan import POLICIES, Choices, Policy, Trial
 
-CPU = Device("cpu", "C", None, None, 2**35, 2)
-GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
 SHAPE = SHAPES["toy-llama"]
 CONFIG = RunConfig(model="toy-llama", sequence_tokens=128)
 

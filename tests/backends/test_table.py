@@ -34,8 +34,7 @@ def test_an_unknown_backend_is_refused(name):
         load_backend(name)
 
 
-def test_triton_without_a_gpu_is_refused(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_triton_without_a_gpu_is_refused(monkeypatch, no_interpreter):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert not triton_can_run()
     with pytest.raises(BackendError, match="needs a CUDA GPU; got none found; allowed: eager, peft"):

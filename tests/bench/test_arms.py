@@ -5,13 +5,12 @@ from typing import Any
 import pytest
 
 from bench.arms import choices_for
+from devices import GPU
 from fastft import defaults, planning
 from fastft.config import RunConfig
-from fastft.hardware import Device
 from fastft.memory.model import estimate_peak_bytes
 from fastft.models.shapes import SHAPES
 
-GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
 CONFIG = RunConfig(model="llama-3-8b", quantization="nf4", batch_size=4, sequence_tokens=2048, dtype="bf16")
 
 

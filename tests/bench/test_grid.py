@@ -11,6 +11,7 @@ from bench.grid import GRID, Axes, configurations, free, is_uniform, measure_gri
 from bench.messages import Answer
 from bench.trial_file import TrialFile
 from bench.trials import Deadline, Steps
+from devices import GPU
 from fastft import defaults
 from fastft.config import RunConfig
 from fastft.errors import ConfigError, MeasureError
@@ -18,7 +19,6 @@ from fastft.hardware import Device
 from fastft.models.shapes import SHAPES
 from fastft.plan import Choices, Trial
 
-GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
 CPU = Device("cpu", "C", None, None, 8 * 2**30, 2)
 TOY = RunConfig(model="toy-llama", batch_size=2, sequence_tokens=16, device="cpu")
 SMALL = Axes(parts=1, loss_chunks=(2048,), mlp_chunks=(None,))

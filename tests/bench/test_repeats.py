@@ -7,12 +7,12 @@ import pytest
 from bench import repeats as module
 from bench.repeats import REPEATS, judge_repeats, repeat_tuning
 from bench.trials import Deadline
+from devices import GPU
 from fastft.config import RunConfig
-from fastft.hardware import Device, detect_device
+from fastft.hardware import detect_device
 from fastft.plan import Choices, Evidence, Plan, Trial
 from fastft.planning import model_shape, plan_key
 
-GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
 CONFIG = RunConfig(model="toy-llama", batch_size=4, sequence_tokens=16, device="cpu")
 KEY = plan_key(CONFIG, model_shape(CONFIG), detect_device("cpu"))
 STEP_TOKENS = 4 * 16

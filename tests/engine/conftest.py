@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fastft.engine.patch import patch_model
 from fastft.engine.runtime import Runtime
 from fastft.models.shapes import SHAPES
 from peft_models import randomize_adapters
@@ -111,6 +112,14 @@ def toy(device: torch.device) -> Callable[..., Any]:
         return make_model(family, base={"device": device, **(base or {})}, **lora)
 
     return make
+
+
+@pytest.fixture
+def patched(toy: Callable[..., Any]) -> Any:
+    """A toy model on the eager backend, all of its layers fused."""
+    model = toy("toy-qwen2")
+    patch_model(model, backend="eager", placement="light", strict=True)
+    return model
 
 
 @pytest.fixture

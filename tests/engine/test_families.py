@@ -77,9 +77,9 @@ def test_gradients_equal_stock(family, form, placement, toy, batch_of, step, err
     assert_all_fused(model)
 
 
-@pytest.mark.parametrize("family", SPECS)
-def test_gradients_of_the_triton_backend_equal_stock(family, toy, batch_of, step, error_of):
-    batch = batch_of("right", B=2, S=9)
+@pytest.mark.parametrize(("family", "form"), [*((family, "right") for family in SPECS), ("qwen2", "packed")])
+def test_gradients_of_the_triton_backend_equal_stock(family, form, toy, batch_of, step, error_of):
+    batch = batch_of(form, B=2, S=9)
     model = make(toy, family)
     loss, gradients = step(model, batch)
     patch_model(model, backend="triton", placement=["light", "mlp", "full"], loss_chunk_tokens=5)

@@ -27,13 +27,6 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return events
 
 
-@pytest.fixture
-def patched(toy: Any) -> Any:
-    model = toy("toy-qwen2")
-    patch_model(model, backend="eager", placement="light", strict=True)
-    return model
-
-
 def test_from_the_second_time_on_with_the_first_layer(patched, batch_of, step, order):
     layers = [f"layer {index}" for index in range(patched.config.num_hidden_layers)]
     batch = batch_of("none")

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
-from fastft import patch_model
 from fastft.engine import forwards
 from fastft.engine.packed import confirmation, tell_documents, told_documents
 from fastft.kernels.attention.seen import documents_of
@@ -36,13 +35,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(forwards, "documents_of", spy)
     return seen
-
-
-@pytest.fixture
-def patched(toy: Any) -> Any:
-    model = toy("toy-qwen2")
-    patch_model(model, backend="eager", placement="light", strict=True)
-    return model
 
 
 def test_from_the_second_time_on_the_device_is_not_asked(toy, patched, batch_of, error_of, asked, begun):

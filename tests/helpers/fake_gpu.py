@@ -6,15 +6,13 @@ from typing import Any
 
 from autotune.probe import ProbeRequest, judge
 from autotune.search import tune
+from devices import GPU
 from fastft.config import RunConfig
-from fastft.hardware import Device
 from fastft.models.shapes import SHAPES
 from fastft.plan import Choices, Policy, Trial
 from fastft.plan_store import PlanStore
 from fastft.record import Memory
 
-CPU = Device("cpu", "C", None, None, 2**35, 2)
-GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
 # With norms of heads, behind which `keep` keeps more than `light`.
 SHAPE = replace(SHAPES["llama-3.2-1b"], family="qwen3")
 CONFIG = RunConfig(model="llama-3.2-1b", sequence_tokens=1024)

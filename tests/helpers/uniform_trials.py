@@ -1,12 +1,9 @@
 """Trials of uniform placements of a toy model, by hand."""
 
 from fastft.config import RunConfig
-from fastft.hardware import Device
 from fastft.models.shapes import SHAPES
 from fastft.plan import Choices, Policy, Trial
 
-CPU = Device("cpu", "C", None, None, 2**35, 2)
-GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
 SHAPE = SHAPES["toy-llama"]
 CONFIG = RunConfig(model="toy-llama", sequence_tokens=128)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from devices import CPU, GPU
 from fastft.config import RunConfig
-from fastft.hardware import Device
 from fastft.memory.fitting import SMALL_LOSS_CHUNK, best_placement_under, fit, host_limit, smallest
 from fastft.memory.model import dense_layer_bytes, estimate_peak_bytes, memory_terms
 from fastft.memory.work import recompute_flops, step_work
@@ -17,8 +17,6 @@ from fastft.plan import POLICIES, Choices, Policy
 
 SHAPE = SHAPES["toy-llama"]
 LARGE = SHAPES["llama-3-8b"]
-GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
-CPU = Device("cpu", "C", None, None, 2**35, 2)
 GIB = 2**30
 
 

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from devices import CPU, GPU
 from fastft.config import RunConfig
-from fastft.hardware import Device
 from fastft.memory.model import (
     _GPU_RUNTIME_BYTES,
     MemoryTerms,
@@ -15,8 +15,6 @@ from fastft.models.shapes import SHAPES
 from fastft.plan import OFFLOADED, POLICIES, Choices, Policy
 
 SHAPE = SHAPES["toy-llama"]
-GPU = Device("cuda", "H", "9.0", 132, 140 * 2**30, 8)
-CPU = Device("cpu", "C", None, None, 2**35, 2)
 GIB = 2**30
 
 

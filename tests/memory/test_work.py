@@ -12,6 +12,7 @@ from statistics import median
 import pytest
 
 from bench.trial_file import TrialFile
+from devices import CPU
 from fastft.config import RunConfig
 from fastft.hardware import Device
 from fastft.memory.model import memory_terms
@@ -21,7 +22,6 @@ from fastft.plan import Choices, Policy
 
 SHAPE, LARGE = SHAPES["toy-llama"], SHAPES["llama-3-8b"]
 H100 = Device("cuda", "NVIDIA H100 80GB HBM3", "9.0", 132, 79 * 2**30, 16)
-CPU = Device("cpu", "C", None, None, 2**35, 2)
 PUBLISHED = Path(__file__).parents[2] / "reports" / "published"
 RUN = RunConfig(model="llama-3-8b", sequence_tokens=2048, batch_size=4, dtype="bf16", quantization="nf4")
 PLAIN = Choices(backend="triton", micro_batch=4, accumulation=1, placement=["light"] * 32)
