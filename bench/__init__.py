@@ -9,7 +9,7 @@
     runner.py       gates first, then repetitions interleaved over the arms; records on disk after each
     provenance.py   which commit and command made a record
 
-and, to judge the tuner and the measures against memory (`python -m bench`):
+and, to judge the tuner, the measures against memory, the real loop and the peers (`python -m bench`):
 
     grid.py         every configuration of a run
     rig.py          one loaded model on which one after another is measured
@@ -20,6 +20,11 @@ and, to judge the tuner and the measures against memory (`python -m bench`):
     regret.py       tuned plans against the best of the grid, under memory caps
     repeats.py      the same run tuned several times
     measures.py     each measure against memory, alone and all together
+    loop.py         `fastft train` against a plain loop
+    peers.py        Unsloth, stock PEFT and fastft on the same work
+    peer_loop.py    the plain loop of one of them, run by its own interpreter
+    flags.py        the command line's flags
+    tables.py       what it prints
     __main__.py     the command line of these
 
 Nothing here is public API; `fastft bench`, `fastft demo` and `python -m bench` are the way in.

@@ -1,4 +1,4 @@
-"""`python -m bench`: how good is what the tuner chooses, what does memory cost, and what does the real loop cost?
+"""`python -m bench`: how good is what the tuner chooses, what does memory cost, and how do others do?
 
     python -m bench regret qwen2-1.5b --seq-len 2048 --batch-size 8 --output runs/regret-qwen2-1.5b
 
@@ -7,11 +7,13 @@
     repeats    the same run tuned several times
     measures   each measure against memory, alone and all together
     loop       `fastft train` against a plain loop on the same rows
+    peers      Unsloth and stock PEFT against fastft, each in a plain loop of its own
 
-All but the last go on where they were cut short, by --max-minutes or otherwise: the output folder is the memory.
+All but the last two go on where they were cut short, by --max-minutes or otherwise: the output folder is the memory.
 """
 
 import functools
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +21,12 @@ import typer
 
 from autotune.ranking import NOISE
 from bench import tables
-from bench.flags import FolderFlag, MinutesFlag, ModelArgument, axes_flags, parse_caps, steps_flags
+from bench.flags import FolderFlag, MinutesFlag, ModelArgument, NewFolderFlag, axes_flags, parse_caps, steps_flags
 from bench.grid import Axes, Grid, measure_grid
 from bench.loop import LOOP, compare_loops
 from bench.measures import MEASURES_FILE, compare_measures
+from bench.peer_loop import IMPLEMENTATIONS
+from bench.peers import PEERS, Recomputation, compare_peers
 from bench.regret import CAPS, REGRET, STORE, capped, compare, peaks_between, plan_of, spread_caps, tuned_plan
 from bench.repeats import REPEATS, repeat_tuning
 from bench.trials import Deadline, Steps
@@ -42,13 +46,14 @@ app = typer.Typer(
 )  # fmt: skip
 
 LOOP_FLAGS = (*KEY_FLAGS, "data", "steps", "learning_rate", "plan", "save_steps", "log_steps", "seed")
+PEER_FLAGS = (*(name for name in KEY_FLAGS if name not in ("packing", "trust_remote_code", "offline")), "seed")
 GRID_FLAGS = tuple(name for name in KEY_FLAGS if name != "memory_cap")
 KEPT = "what was measured is kept, and the same command goes on from there"
 
 
 @app.callback()
 def program() -> None:
-    """How good is what the tuner chooses, what does memory cost, and what does the real loop cost?"""
+    """How good is what the tuner chooses, what does memory cost, and how do others do?"""
     set_up_logging()
 
 
@@ -182,13 +187,42 @@ def measures(
 @_reporting
 def loop(
     model: ModelArgument,
-    output: FolderFlag,
+    output: NewFolderFlag,
     warmup: Annotated[int, typer.Option("--uncounted-steps", min=1, help="Steps before the timed ones.")] = 20,
     **run: Any,
 ) -> None:
     """Compare `fastft train` with a plain loop on the same rows."""
     tables.show_loops(compare_loops(RunConfig.load(model=model, **run), output, warmup=warmup, say=say))
     print_line(f"kept in {output / LOOP}")
+
+
+@app.command()
+@run_flags(*PEER_FLAGS)
+@_reporting
+@steps_flags
+def peers(
+    model: ModelArgument,
+    output: NewFolderFlag,
+    steps: Steps,
+    implementations: Annotated[str, typer.Option(metavar="A,B,…", help="Whom to run.")] = ",".join(IMPLEMENTATIONS),
+    recomputation: Annotated[
+        Recomputation, typer.Option(help="Nobody's, or each one's own checkpointing; fastft then gets a peer's memory.")
+    ] = "own",
+    unsloth_python: Annotated[
+        str, typer.Option(metavar="FILE", help="The interpreter of an environment that has Unsloth.")
+    ] = sys.executable,
+    turns: Annotated[int, typer.Option(min=1, help="How often each one runs.")] = 1,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for one run.")] = 900.0,
+    **run: Any,
+) -> None:
+    """Compare Unsloth, stock PEFT and fastft, each in a plain loop of its own."""
+    result = compare_peers(
+        RunConfig.load(model=model, **run), output, implementations=[w.strip() for w in implementations.split(",")],
+        recomputation=recomputation, unsloth_python=unsloth_python, steps=steps, turns=turns, timeout_seconds=timeout,
+        say=say,
+    )  # fmt: skip
+    tables.show_peers(result)
+    print_line(f"kept in {output / PEERS}; `fastft report {output}` shows it")
 
 
 def _show_grid(found: Grid) -> None:

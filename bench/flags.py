@@ -16,6 +16,7 @@ from fastft.errors import ConfigError
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a shipped shape, or tiny.")]
 FolderFlag = Annotated[Path, typer.Option("--output", help="The folder for what this writes; a second call goes on.")]
+NewFolderFlag = Annotated[Path, typer.Option("--output", help="The new folder for what this writes.")]
 MinutesFlag = Annotated[float | None, typer.Option(help="Begin nothing that would not end by then.")]
 
 _MicroBatchFlag = Annotated[int | None, typer.Option(help="The largest micro-batch of the grid.")]

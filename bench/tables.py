@@ -6,6 +6,7 @@ from statistics import median
 from bench.grid import Grid
 from bench.loop import TARGET, Loops
 from bench.measures import MeasureResult, Measures
+from bench.peers import OURS, Peers
 from bench.regret import CapResult, Measured, Regret, fitting
 from bench.repeats import Repeats
 from fastft.console import print_line, print_table, say
@@ -86,6 +87,20 @@ def show_measures(result: Measures) -> None:
             outcome = [_rate(one.tokens_per_second), _times(one, baseline), gib(one.peak_bytes or 0), saved]
         rows.append([one.name, *outcome, gib(one.predicted_peak_bytes), one.description])
     print_table(["Measure", "Tokens/s", f"Over {baseline.name}", "Peak", "Saved", "Predicted", "What it does"], rows)
+
+
+def show_peers(result: Peers) -> None:
+    """A row an implementation, and by how much fastft is faster; what went wrong on stderr."""
+    ours, rows = result.tokens_per_second(OURS), []
+    for name in dict.fromkeys(run.implementation for run in result.runs):
+        speed, peak = result.tokens_per_second(name), result.peak_bytes(name)
+        times = f"{ours / speed:.2f}×" if ours and speed else "none"
+        version = next((answer.version for answer in result.of(name)), "")
+        rows.append([f"{name} {version}".strip(), _rate(speed), "none" if peak is None else gib(peak), times])
+    print_table(["Implementation", "Tokens/s", "Peak", f"{OURS} is"], rows)
+    for run in result.runs:
+        if run.problem:
+            say(f"warning: {run.implementation}, turn {run.turn + 1}: {run.problem}")
 
 
 def _times(one: MeasureResult, baseline: MeasureResult) -> str:

@@ -16,6 +16,8 @@ from reports.markdown import FIGURES, render_markdown
 from reports.measures import HOW_TO_READ as MEASURES_TERM
 from reports.measures import measures_files, measures_tables
 from reports.numbers import DASH, clean, plural
+from reports.peers import HOW_TO_READ as PEERS_TERM
+from reports.peers import peers_files, peers_tables
 from reports.regret import HOW_TO_READ as REGRET_TERMS
 from reports.regret import regret_files, regret_tables
 from reports.results import are_trials, trial_files
@@ -38,7 +40,7 @@ from reports.tables import (
     tuned_table,
 )
 
-_OWN_SLUGS = ("how-to-read", "sources", "plans", "memory-measures", "kernels")
+_OWN_SLUGS = ("how-to-read", "sources", "plans", "memory-measures", "peers", "kernels")
 """Anchors of the page that no scenario may take."""
 
 
@@ -67,8 +69,8 @@ def build_report(
 
     Args:
         inputs: JSONL files of records, or folders that hold some at any depth; a `kernels.json` beside them, the
-            micro-benchmarks of kernels, becomes a table, and so do a `regret.json`, a `repeats.json` and a
-            `measures.json`.  A folder that holds one of these needs no records.
+            micro-benchmarks of kernels, becomes a table, and so do a `regret.json`, a `repeats.json`, a
+            `measures.json` and a `peers.json`.  A folder that holds one of these needs no records.
         output: a new or empty folder.
         title: the page's title; the names of the scenarios by default.
         baseline: the arm that all others are compared with.
@@ -81,7 +83,8 @@ def build_report(
         OutputError: `output` holds something, or cannot be written.
     """
     regrets, measures, kernels = regret_files(inputs), measures_files(inputs), kernel_files(inputs)
-    results = [*regrets, *measures, *kernels]
+    peers = peers_files(inputs)
+    results = [*regrets, *measures, *peers, *kernels]
     sources = [(file, _read(file)) for file in _files(inputs, results)]
     records = [record for _, found in sources for record in found]
     scenarios = compare(records, baseline=baseline, seed=seed)
@@ -89,9 +92,11 @@ def build_report(
     against_default = tuned_table(scenarios, seed)
     plan_tables = (*([against_default] if against_default is not None else []), *regret_tables(regrets))
     measures_found, kernels_found = measures_tables(measures), kernel_table(kernels)
+    peers_found = peers_tables(peers)
     other_names = [
         *(table.title for table in plan_tables),
         *(f"Memory measures of {table.title}" for table in measures_found),
+        *(f"Peers: {table.title}" for table in peers_found),
         *([kernels_found.title] if kernels_found is not None else []),
     ]
     names = [scenario.name for scenario in scenarios] or other_names
@@ -101,10 +106,11 @@ def build_report(
         sections=sections,
         plans=plan_tables,
         measures=measures_found,
+        peers=peers_found,
         kernels=kernels_found,
         how_to_read=(
             *(_how_to_read(seed) if records else []), *(REGRET_TERMS if regrets else []),
-            *([MEASURES_TERM] if measures else []), *([SHARE] if kernels else []),
+            *([MEASURES_TERM] if measures else []), *([PEERS_TERM] if peers else []), *([SHARE] if kernels else []),
         ),
         sources=_sources_table(sources, [*results, *trial_files(results)]),
     )  # fmt: skip

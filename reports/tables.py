@@ -84,6 +84,8 @@ class Document:
     """What tuning gained, and how near its choice is to the best, where that was measured."""
     measures: tuple[Table, ...]
     """What each measure against memory saves and costs, a table a run, where that was measured."""
+    peers: tuple[Table, ...]
+    """fastft beside other implementations, a table a work, where that was measured."""
     kernels: Table | None
     """Micro-benchmarks of kernels, where there are some."""
     how_to_read: tuple[tuple[str, str], ...]
