@@ -281,7 +281,7 @@ def _ask(request: LoopRequest, python: str, log: Path, timeout_seconds: float) -
     script = Path(__file__).with_name("peer_loop.py")
     # `-P`: the script's folder holds modules with names of others.
     with log.open("wb") as stderr:
-        process = WaitingProcess((python, "-P", str(script)), environment=_environment(request), log=stderr)
+        process = WaitingProcess((python, "-P", str(script)), environment=_environment(request, log.parent), log=stderr)
         with process:
             code = process.ask(request.model_dump_json(), timeout_seconds=timeout_seconds)
             process.stdout.seek(0)
@@ -300,11 +300,11 @@ def _ask(request: LoopRequest, python: str, log: Path, timeout_seconds: float) -
         raise MeasureError("its answer cannot be read", got=str(error).splitlines()[0], fix=f"see {log}") from error
 
 
-def _environment(request: LoopRequest) -> dict[str, str]:
-    """No network, and nobody is told; fastft is found where this one lies, and by no other implementation."""
+def _environment(request: LoopRequest, folder: Path) -> dict[str, str]:
+    """No network, and nobody is told; what Unsloth compiles goes to `folder`, not to the current one."""
     environment = {
         **os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": str((folder / "unsloth-compiled").resolve()),
     }  # fmt: skip
     if request.implementation == OURS:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))

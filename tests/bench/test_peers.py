@@ -30,7 +30,8 @@ class FastLanguageModel:
 
     @staticmethod
     def get_peft_model(model, *, r, lora_alpha, lora_dropout, bias, target_modules, random_state, **given):
-        said = given | {name: os.environ.get(name) for name in ("UNSLOTH_DISABLE_STATISTICS", "HF_HUB_OFFLINE")}
+        names = ("UNSLOTH_DISABLE_STATISTICS", "UNSLOTH_COMPILE_LOCATION", "HF_HUB_OFFLINE")
+        said = given | {name: os.environ.get(name) for name in names}
         (Path(__file__).parent / "said.json").write_text(json.dumps(said))
         lora = peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules, task_type="CAUSAL_LM")
         return peft.get_peft_model(model, lora)
@@ -80,6 +81,7 @@ def test_all_train_the_same_model_on_the_same_batches(recomputation, unsloth_pyt
     assert asked == {
         "use_gradient_checkpointing": False if recomputation == "none" else "unsloth",
         "UNSLOTH_DISABLE_STATISTICS": "1",
+        "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "out" / "logs" / "unsloth-compiled"),
         "HF_HUB_OFFLINE": "1",
     }
     show_peers(result)
