@@ -52,10 +52,10 @@ def far_behind(
 def beaten_by_one_alike(
     candidate: Choices, trials: Sequence[Trial], config: RunConfig, shape: ModelShape, device: Device
 ) -> str | None:
-    """Why a candidate is not worth a probe after something that fits and is the same but for having done less.
+    """Why a candidate is not worth a probe: one of the same backend and micro-batch fits and is forecast to be faster.
 
-    Choices that are fitted with some headroom are for the case that the default, fitted with less, does not fit.  What
-    has one policy that its rival has not is worth one all the same: the solver wants its price.
+    Choices that are fitted with some headroom are for the case that the default, fitted with less, does not fit.  A
+    uniform candidate is worth a probe all the same where its policy did not run as one: the solver wants its price.
     """
     policies = set(candidate.placement)
     for trial in trials:

@@ -13,6 +13,7 @@ All but the last two go on where they were cut short, by --max-minutes or otherw
 """
 
 import functools
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +55,8 @@ KEPT = "what was measured is kept, and the same command goes on from there"
 @app.callback()
 def program() -> None:
     """How good is what the tuner chooses, what does memory cost, and how do others do?"""
+    # Ended politely, it ends its workers as after Ctrl-C; by default they would go on alone.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     set_up_logging()
 
 

@@ -10,10 +10,16 @@ with `MARKER` (libraries print there too).
 
 # B rows, S tokens a row
 
+import sys
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this file's folder, whose modules have names of others; the flag -P came with Python 3.11
+
 import contextlib
+import ctypes
 import hashlib
 import json
-import sys
+import signal
 import time
 from importlib.metadata import version
 from typing import Any
@@ -32,7 +38,9 @@ def _unsloth(given: dict[str, Any]) -> Any:
 def _fastft(given: dict[str, Any]) -> Any:
     from fastft import FastLanguageModel
 
-    return _fast_language_model(FastLanguageModel, given, "auto", {"memory_cap": given["memory_cap_bytes"]})
+    # By its defaults: what this machine's cache happens to hold is nobody else's figure.
+    more = {"memory_cap": given["memory_cap_bytes"], "device": given["device"], "plan": "none"}
+    return _fast_language_model(FastLanguageModel, given, "auto", more)
 
 
 def _fast_language_model(cls: Any, given: dict[str, Any], checkpointing: str, more: dict[str, Any]) -> Any:
@@ -139,7 +147,14 @@ def _optimizer(name: str, parameters: list[Any], learning_rate: float) -> Any:
     return kinds[name](parameters, lr=learning_rate, weight_decay=0.0)
 
 
+def _die_with_parent() -> None:
+    """As `fastft.processes.die_with_parent`, which may not be here."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 if __name__ == "__main__":
+    _die_with_parent()
     request = json.load(sys.stdin)
     # The line break ends whatever a library left unfinished on stdout.
     print(f"\n{MARKER}{json.dumps(run(request))}", flush=True)

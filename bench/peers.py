@@ -33,13 +33,15 @@ from fastft.models.loading import DTYPES, ResolvedModel, load_model, resolve_mod
 from fastft.models.spec import SPECS
 from fastft.processes import WaitingProcess, signal_name
 from fastft.siblings import ROOT
+from fastft.units import gib
 
 PEERS = "peers.json"
 PEERS_SCHEMA = 1
 OURS = "fastft"
-SAME_LOSS = 0.01
-"""By how much the first loss may differ from fastft's, as a fraction: before the first update it depends on the frozen
-weights alone, and 16 bits round it."""
+SAME_LOSS, SAME_SIZE = 0.01, 0.1
+"""By how much the first loss, and the loaded model's bytes, may differ from fastft's, as a fraction.  Before the first
+update the loss depends on the frozen weights alone, and 16 bits round it; of random weights it says little, so the size
+must tell whether they were quantized alike."""
 
 Recomputation = Literal["none", "own"]
 
@@ -279,9 +281,8 @@ def _ask(request: LoopRequest, python: str, log: Path, timeout_seconds: float) -
     """Raises MeasureError where there is no answer; nothing of the process is left running."""
     log.parent.mkdir(parents=True, exist_ok=True)
     script = Path(__file__).with_name("peer_loop.py")
-    # `-P`: the script's folder holds modules with names of others.
     with log.open("wb") as stderr:
-        process = WaitingProcess((python, "-P", str(script)), environment=_environment(request, log.parent), log=stderr)
+        process = WaitingProcess((python, str(script)), environment=_environment(request, log.parent), log=stderr)
         with process:
             code = process.ask(request.model_dump_json(), timeout_seconds=timeout_seconds)
             process.stdout.seek(0)
@@ -301,30 +302,39 @@ def _ask(request: LoopRequest, python: str, log: Path, timeout_seconds: float) -
 
 
 def _environment(request: LoopRequest, folder: Path) -> dict[str, str]:
-    """No network, and nobody is told; what Unsloth compiles goes to `folder`, not to the current one."""
+    """No network, and nobody is told; no GPU where the work is for a CPU; what Unsloth compiles goes to `folder`."""
     environment = {
         **os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-        "UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": str((folder / "unsloth-compiled").resolve()),
     }  # fmt: skip
+    if request.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     if request.implementation == OURS:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     elif request.implementation == "unsloth":
         # Of another interpreter: what this one's path holds is for this one's versions.
         environment.pop("PYTHONPATH", None)
+        compiled = str((folder / "unsloth-compiled").resolve())  # else it goes to the current folder
+        environment |= {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": compiled}
     return environment
 
 
 def _judged(runs: Sequence[PeerRun]) -> list[PeerRun]:
-    """The runs, those that did other work than fastft marked."""
+    """The runs, those marked that did other work than fastft, or took more memory than they were given."""
     ours = next((run.answer for run in runs if run.implementation == OURS and run.answer is not None), None)
     if ours is None:
         return list(runs)
-    return [run.model_copy(update={"problem": run.problem or _other_work(run.answer, ours)}) for run in runs]
+    return [run.model_copy(update={"problem": run.problem or _problem(run, ours)}) for run in runs]
 
 
-def _other_work(answer: LoopAnswer | None, ours: LoopAnswer) -> str:
+def _problem(run: PeerRun, ours: LoopAnswer) -> str:
+    answer, cap = run.answer, run.memory_cap_bytes
     if answer is None:
         return ""
+    if cap is not None and answer.peak_bytes is not None and answer.peak_bytes > cap:
+        return f"its peak of {gib(answer.peak_bytes)} is over its cap of {gib(cap)}"
+    size, our_size = answer.model_bytes or 0, ours.model_bytes or 0
+    if not abs(size - our_size) <= SAME_SIZE * our_size:
+        return f"its model takes {gib(size)}, fastft's {gib(our_size)}"
     if answer.batches_sha256 != ours.batches_sha256:
         return "it trained other batches than fastft"
     if answer.trainable_parameters != ours.trainable_parameters:

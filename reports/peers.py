@@ -18,8 +18,9 @@ HOW_TO_READ = (
     "Each implementation in processes of its own, in a plain loop around the model as its documentation writes it: the "
     "same weights, adapter, optimizer and token ids. Speed is by the median step of all turns, with the range of the "
     "turns; the peak is the highest that the allocator handed out. Either nobody recomputes, or each checkpoints in "
-    "its own way; fastft then stays under a cap, a peer's peak unless one was given. The first loss depends on the "
-    "frozen weights alone, so it shows whether the same model was trained.",
+    "its own way; fastft then has the cap beside its peak, a peer's peak unless one was given, and none where no peer "
+    "ran. Batches, the number of trained parameters, the loaded model's size and the first loss, which depends on the "
+    "frozen weights alone, must be those of fastft's runs; what differs is said.",
 )
 """What a reader is told about the tables."""
 

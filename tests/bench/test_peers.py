@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,8 @@ from bench.tables import show_peers
 from bench.trials import Steps
 from fastft.config import RunConfig
 from fastft.errors import ConfigError, FastftError, MeasureError, OutputError
+from fastft.siblings import ROOT
+from live_processes import gone
 
 GIB = 2**30
 STAND_IN = """
@@ -30,7 +36,7 @@ class FastLanguageModel:
 
     @staticmethod
     def get_peft_model(model, *, r, lora_alpha, lora_dropout, bias, target_modules, random_state, **given):
-        names = ("UNSLOTH_DISABLE_STATISTICS", "UNSLOTH_COMPILE_LOCATION", "HF_HUB_OFFLINE")
+        names = ("UNSLOTH_DISABLE_STATISTICS", "UNSLOTH_COMPILE_LOCATION", "HF_HUB_OFFLINE", "PYTHONPATH")
         said = given | {name: os.environ.get(name) for name in names}
         (Path(__file__).parent / "said.json").write_text(json.dumps(said))
         lora = peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules, task_type="CAUSAL_LM")
@@ -59,13 +65,14 @@ def unsloth_python(tmp_path: Path) -> str:
     (site / "unsloth-1.2.dist-info").mkdir()
     (site / "unsloth-1.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: unsloth\nVersion: 1.2\n")
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH="{site}" exec "{sys.executable}" "$@"\n')
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{site}" exec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     return str(python)
 
 
 @pytest.mark.parametrize("recomputation", ["none", "own"])
-def test_all_train_the_same_model_on_the_same_batches(recomputation, unsloth_python, tmp_path, capsys):
+def test_all_train_the_same_model_on_the_same_batches(recomputation, unsloth_python, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/of/this/interpreter")
     said: list[str] = []
     result = peers(tmp_path / "out", recomputation=recomputation, unsloth_python=unsloth_python, say=said.append)
     assert [run.implementation for run in result.runs] == ["unsloth", "peft", "fastft"]
@@ -83,6 +90,7 @@ def test_all_train_the_same_model_on_the_same_batches(recomputation, unsloth_pyt
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "out" / "logs" / "unsloth-compiled"),
         "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": f":{tmp_path / 'site'}",
     }
     show_peers(result)
     assert "unsloth 1.2 " in capsys.readouterr().out
@@ -129,14 +137,16 @@ def test_what_does_not_end_or_answers_nonsense_is_a_problem(tmp_path):
 
 @pytest.fixture
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Answers instead of processes: `by_hand(unsloth={...})` gives the requests, as they come in."""
+    """Answers instead of processes: `by_hand(unsloth={...})` gives the requests, as they come in; a list is by turn."""
 
-    def answering(**answers: dict[str, Any] | None) -> list[LoopRequest]:
+    def answering(**answers: Any) -> list[LoopRequest]:
         requests: list[LoopRequest] = []
 
         def ask(request: LoopRequest, *_: Any) -> LoopAnswer:
+            turn = sum(asked.implementation == request.implementation for asked in requests)
             requests.append(request)
             given = answers.get(request.implementation, {})
+            given = given[turn] if isinstance(given, list) else given
             if given is None:
                 raise MeasureError("it is lost")
             facts = {
@@ -154,7 +164,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("unsloth", "more", "cap"),
     [
-        ({"peak_bytes": 5 * GIB}, {}, 5 * GIB),
+        ([{"peak_bytes": 5 * GIB}, {"peak_bytes": 4 * GIB}], {}, 5 * GIB),
         (None, {}, 2 * GIB),
         ({"peak_bytes": 5 * GIB}, {"recomputation": "none"}, None),
         ({"peak_bytes": 5 * GIB}, {"run": config(memory_cap="3GiB")}, 3 * GIB),
@@ -174,6 +184,8 @@ def test_fastft_gets_no_more_memory_than_the_peer_took(unsloth, more, cap, by_ha
     ("changes", "problem"),
     [
         ({"batches_sha256": "b"}, "it trained other batches than fastft"),
+        ({"model_bytes": 3 * GIB}, "its model takes 3.00 GiB, fastft's 1.00 GiB"),
+        ({"model_bytes": GIB + GIB // 20}, ""),
         ({"trainable_parameters": 8}, "it trained 8 parameters, fastft 7"),
         ({"loss": [2.03, 1.9]}, "its first loss is 2.0300, fastft's 2.0000"),
         ({"loss": [2.0, math.nan]}, "the loss of step 2 is not finite; got nan"),
@@ -184,6 +196,37 @@ def test_other_work_is_a_problem(changes, problem, by_hand, tmp_path):
     by_hand(peft=changes)
     result = peers(tmp_path / "out", implementations=("peft", "fastft"))
     assert [run.problem for run in result.runs] == [problem, ""]
+
+
+def test_a_peak_over_the_cap_is_a_problem(by_hand, tmp_path):
+    by_hand(fastft={"peak_bytes": 3 * GIB})
+    result = peers(tmp_path / "out", implementations=("peft", "fastft"))
+    assert [run.problem for run in result.runs] == ["", "its peak of 3.00 GiB is over its cap of 2.00 GiB"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_loop_ends_with_whoever_started_it(number, tmp_path):
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{tmp_path}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    begun = tmp_path / "begun"
+    (tmp_path / "unsloth.py").write_text(
+        f"import os, time\nopen({str(begun) + '.new'!r}, 'w').write(str(os.getpid()))\n"
+        f"os.rename({str(begun) + '.new'!r}, {str(begun)!r})\ntime.sleep(300)\n"
+    )
+    command = [sys.executable, "-P", "-m", "bench", "peers", "toy-llama", "--seq-len", "32", "--batch-size", "1"]
+    command += ["--device", "cpu", "--implementations", "unsloth", "--unsloth-python", str(python)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([*command, "--output", str(out)], cwd=tmp_path, env=environment) as starter:
+        end = time.monotonic() + 120
+        while not begun.exists():
+            assert time.monotonic() < end, "it never began"
+            time.sleep(0.1)
+        starter.send_signal(number)
+        assert starter.wait(60) != 0
+    assert gone(int(begun.read_text()))
+    if number == signal.SIGTERM:
+        assert [path.name for path in out.iterdir()] == ["logs"], "the model's folder is gone"
 
 
 def test_speed_is_by_the_median_step_of_all_turns_and_the_peak_the_highest(by_hand, tmp_path, monkeypatch):
