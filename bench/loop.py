@@ -7,7 +7,6 @@ with its data loading, logging, schedule and saving.  The plain one reads each s
 waits for the device at every step.  Both do what the same plan, or default, says.
 """
 
-import gc
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -116,6 +115,7 @@ class _Clock:
 def _real(config: RunConfig, warmup: int) -> Timed:
     import transformers
 
+    from fastft.measure.memory import release_cached
     from fastft.training.trainer import train
 
     clock = _Clock(warmup, config.steps)
@@ -127,12 +127,13 @@ def _real(config: RunConfig, warmup: int) -> Timed:
     result = train(config, callbacks=[Watch()])
     # Every batch has as many samples, so the steps share the tokens evenly but for the rows' own lengths.
     tokens = result.tokens_per_second * result.seconds * (config.steps - warmup) / config.steps
-    _free()
+    release_cached()
     return clock.timed(round(tokens))
 
 
 def _plain(config: RunConfig, choices: Any, warmup: int) -> Timed:
     from fastft.data.sources import global_batches
+    from fastft.measure.memory import release_cached
     from fastft.measure.steps import real_tokens
     from fastft.training.session import build_session
     from fastft.training.trainer import training_samples
@@ -147,13 +148,5 @@ def _plain(config: RunConfig, choices: Any, warmup: int) -> Timed:
         clock.step()
     timed = clock.timed(sum(map(real_tokens, batches[warmup:])))
     del session
-    _free()
+    release_cached()
     return timed
-
-
-def _free() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

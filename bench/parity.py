@@ -15,7 +15,6 @@ random; the batch is ragged and padded, with unlabelled prompts and one row with
 its own micro-batches while both stock runs take the whole batch at once.
 """
 
-import gc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -196,6 +195,8 @@ def check_parity(config: RunConfig, choices: Choices, *, seed: int, size: GateSi
         MeasureError: the reference proves nothing, or the arm's frozen weights are not stock's.
         FastftError: the model or the backend cannot be had.
     """
+    from fastft.measure.memory import release_cached
+
     size = size or GateSize()
     whole_layers = len(choices.placement)
     config, choices = _cut(config, choices, size)
@@ -226,7 +227,7 @@ def check_parity(config: RunConfig, choices: Choices, *, seed: int, size: GateSi
         reference = _backward(wide, batch)
         del wide
     del session
-    _release()
+    release_cached()  # before the next model is built
 
     session = _session(config, choices, seed)
     if base_checksum(session.model) != frozen:
@@ -295,12 +296,3 @@ def _backward(session: Any, batch: "dict[str, Tensor]") -> Backward:
         if parameter.requires_grad and parameter.grad is not None
     }
     return Backward(loss=float(loss), gradients=gradients)
-
-
-def _release() -> None:
-    """Give the memory of deleted models back before the next one is built."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

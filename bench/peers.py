@@ -18,22 +18,25 @@ from importlib.resources import files
 from pathlib import Path
 from shutil import copyfile
 from statistics import median
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bench.peer_loop import IMPLEMENTATIONS, MARKER
 from bench.results import Result, facts
 from bench.trials import Steps
+from bench.worker_process import last_words
 from fastft.config import RunConfig
 from fastft.errors import ConfigError, MeasureError, unknown_choice
 from fastft.files import new_folder
 from fastft.hardware import Device, detect_device, resolve_dtype
-from fastft.models.loading import DTYPES, ResolvedModel, load_model, resolve_model
 from fastft.models.spec import SPECS
-from fastft.processes import WaitingProcess, signal_name
+from fastft.processes import WaitingProcess
 from fastft.siblings import ROOT
 from fastft.units import gib
+
+if TYPE_CHECKING:
+    from fastft.models.loading import ResolvedModel
 
 PEERS = "peers.json"
 PEERS_SCHEMA = 1
@@ -158,6 +161,8 @@ def compare_peers(
         ModelError: the model is not found.
         OutputError: `folder` is not empty or cannot be written.
     """
+    from fastft.models.loading import resolve_model
+
     ordered = _ordered(implementations)
     device, resolved = detect_device(config.device), resolve_model(config.model, offline=True)
     request = _request(config, device, resolved, recomputation, steps)
@@ -189,7 +194,7 @@ def _ordered(implementations: Sequence[str]) -> list[str]:
 
 
 def _request(
-    config: RunConfig, device: Device, resolved: ResolvedModel, recomputation: Recomputation, steps: Steps
+    config: RunConfig, device: Device, resolved: "ResolvedModel", recomputation: Recomputation, steps: Steps
 ) -> LoopRequest:
     """All but the implementation and its cap.
 
@@ -224,30 +229,23 @@ def _request(
 
 
 @contextmanager
-def _checkpoint(resolved: ResolvedModel, request: LoopRequest, folder: Path) -> Iterator[str]:
+def _checkpoint(resolved: "ResolvedModel", request: LoopRequest, folder: Path) -> Iterator[str]:
     """A folder that every implementation can load: the model's own, or for a shape one with random weights, which is
     gone afterwards."""
     if resolved.kind == "folder":
         yield resolved.source
         return
+    from fastft.measure.memory import release_cached
+    from fastft.models.loading import DTYPES, load_model
+
     with tempfile.TemporaryDirectory(dir=folder, prefix="model-") as place:
         model = load_model(resolved, dtype=DTYPES[request.dtype], device=request.device)
         model.save_pretrained(place, max_shard_size="4GB")
         del model
-        _free()
+        release_cached()
         for name in ("tokenizer.json", "tokenizer_config.json"):
             copyfile(str(files("fastft.models") / "tiny" / name), Path(place) / name)
         yield place
-
-
-def _free() -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _cap(runs: Sequence[PeerRun]) -> int | None:
@@ -291,10 +289,7 @@ def _ask(request: LoopRequest, python: str, log: Path, timeout_seconds: float) -
         raise MeasureError("it did not end in time", got=f"{timeout_seconds:g} s", fix="raise --timeout")
     lines = [line for line in printed.splitlines() if line.startswith(MARKER)]
     if not lines:
-        words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        died = signal_name(code) if code < 0 else f"exit code {code}"
-        last = f", {words[-1].strip()[:200]}" if words else ""
-        raise MeasureError("it ended without an answer", got=f"{died}{last}", fix=f"see {log}")
+        raise MeasureError("it ended without an answer", got=last_words(log, code), fix=f"see {log}")
     try:
         return LoopAnswer.model_validate(json.loads(lines[-1].removeprefix(MARKER)))
     except (ValueError, ValidationError) as error:

@@ -92,10 +92,11 @@ def _read_answer(printed: str, code: int, log_file: Path) -> Answer:
         name = signal_name(code)
         hint = ", often for lack of memory" if name == "SIGKILL" else ""
         raise MeasureError("the worker was killed", got=f"{name}{hint}", fix=f"see {log_file}")
-    raise MeasureError("the worker ended without an answer", got=_last_words(log_file, code), fix=f"see {log_file}")
+    raise MeasureError("the worker ended without an answer", got=last_words(log_file, code), fix=f"see {log_file}")
 
 
-def _last_words(log_file: Path, code: int) -> str:
-    """The exit code and the last line of stderr."""
+def last_words(log_file: Path, code: int) -> str:
+    """The exit code, or the signal, and the last line of stderr."""
     lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"exit code {code}" + (f", {lines[-1].strip()[:200]}" if lines else "")
+    died = signal_name(code) if code < 0 else f"exit code {code}"
+    return died + (f", {lines[-1].strip()[:200]}" if lines else "")

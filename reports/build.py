@@ -25,6 +25,7 @@ from reports.statistics import CONFIDENCE, MIN_PROCESSES, RESAMPLES
 from reports.tables import (
     Cell,
     Document,
+    ResultTables,
     Section,
     Table,
     commands,
@@ -104,9 +105,11 @@ def build_report(
         title=clean(title or f"Benchmark: {', '.join(names)}", 160),
         facts=_facts(records) if records else plural(len(results), "result"),
         sections=sections,
-        plans=plan_tables,
-        measures=measures_found,
-        peers=peers_found,
+        results=tuple(
+            ResultTables(heading, slug(heading), tables)
+            for heading, tables in (("Plans", plan_tables), ("Memory measures", measures_found), ("Peers", peers_found))
+            if tables
+        ),
         kernels=kernels_found,
         how_to_read=(
             *(_how_to_read(seed) if records else []), *(REGRET_TERMS if regrets else []),

@@ -74,18 +74,23 @@ class Section:
 
 
 @dataclass(frozen=True)
+class ResultTables:
+    """The tables of one kind of result."""
+
+    heading: str
+    slug: str
+    tables: tuple[Table, ...]
+
+
+@dataclass(frozen=True)
 class Document:
     """A whole report."""
 
     title: str
     facts: str
     sections: tuple[Section, ...]
-    plans: tuple[Table, ...]
-    """What tuning gained, and how near its choice is to the best, where that was measured."""
-    measures: tuple[Table, ...]
-    """What each measure against memory saves and costs, a table a run, where that was measured."""
-    peers: tuple[Table, ...]
-    """fastft beside other implementations, a table a work, where that was measured."""
+    results: tuple[ResultTables, ...]
+    """What was measured beside the records, in this order."""
     kernels: Table | None
     """Micro-benchmarks of kernels, where there are some."""
     how_to_read: tuple[tuple[str, str], ...]

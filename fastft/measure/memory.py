@@ -95,6 +95,13 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def release_cached() -> None:
+    """Collect what nobody refers to any more, and give the allocator's cache back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _return_free_pages() -> None:
     """Give what the C library holds free back to the system, so that loading's leftovers are not reused unseen."""
     import ctypes

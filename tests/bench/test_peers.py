@@ -267,3 +267,8 @@ def test_an_unknown_family_needs_targets(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SPECS", {})
     with pytest.raises(ConfigError, match="is not known; got no targets; fix: name them with --targets"):
         peers(tmp_path / "out")
+
+
+def test_the_command_line_starts_without_torch():
+    code = "import sys, bench.__main__; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
