@@ -100,8 +100,11 @@ def test_a_configuration_does_not_change():
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("7.8GiB", round(7.8 * 2**30)), ("800 MB", 800_000_000), ("1kib", 1024), ("5", 5), (" 2 B ", 2), (1024, 1024)],
-)
+    [
+        ("7.8GiB", round(7.8 * 2**30)), ("2GB", 2 * 10**9), ("800 MB", 800_000_000), ("1.5MiB", 3 * 2**19),
+        ("3 KB", 3000), ("1kib", 1024), ("5", 5), (" 2 B ", 2), (1024, 1024),
+    ],
+)  # fmt: skip
 def test_sizes(text, expected):
     assert parse_bytes(text) == expected
     assert RunConfig.load(memory_cap=str(text)).memory_cap_bytes == expected

@@ -158,7 +158,7 @@ def test_soft_facts_keep_what_is_answered(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("wanted", "capability", "dtype"),
     [("auto", None, "fp32"), ("auto", "9.0", "bf16"), ("auto", "10.0", "bf16"), ("auto", "7.5", "fp16"),
-     ("fp16", "9.0", "fp16")],
+     ("auto", "8.0", "bf16"), ("fp16", "9.0", "fp16")],
 )  # fmt: skip
 def test_auto_dtype(wanted: str, capability: str | None, dtype: str) -> None:
     kind: Any = "cuda" if capability else "cpu"

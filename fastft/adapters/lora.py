@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fastft.models.identity import is_own, why_called_otherwise
 from fastft.models.quantized import dense_weight, is_packed_for_cpu, is_quantized
 
 _CAPTURING = "transformers.utils.output_capturing"
@@ -84,7 +85,9 @@ def why_not_alone(module: nn.Module) -> str | None:
     if isinstance(module, LoraLayer):
         # AdaLoRA's layers, for one, are LoraLayers too, and compute something else.
         if type(module).__module__.rpartition(".")[0] != "peft.tuners.lora":
-            return f"{type(module).__name__} is not plain LoRA"
+            return f"{method_of(module)} is not plain LoRA"
+        if not is_own(type(module).forward) or why_called_otherwise(type(module)) is not None:
+            return f"{type(module).__name__} has another forward than PEFT's"
         if module.merged and module.disable_adapters:
             return "its adapter is merged and disabled"
         base = module.get_base_layer()
@@ -95,21 +98,48 @@ def why_not_alone(module: nn.Module) -> str | None:
             return "its LoRA is a variant (such as DoRA)"
         if getattr(module, "fan_in_fan_out", False) and not isinstance(base, Conv1D):
             return "its weight is stored transposed"
-        parts = [part[name] for part in (module.lora_A, module.lora_B, module.lora_dropout) for name in active]
-        for what, part in (("base layer", base), *(("adapter", part) for part in parts)):
-            reason = why_called(part)
+        for name in active:
+            reason = _why_no_adapter(module, name)
             if reason is not None:
-                return f"its {what}: {reason}"
+                return f"its adapter: {reason}"
+        reason = why_called(base)
+        if reason is not None:
+            return f"its base layer: {reason}"
     elif module.__class__.__module__.startswith("peft."):
-        return f"{module.__class__.__name__} is not LoRA"
+        return f"{method_of(module)} is not LoRA"
     if not (type(base) in (nn.Linear, Conv1D) or type(base).__name__ in _LIKE_LINEAR or is_quantized(base)):
         return f"{type(base).__name__} is not a linear layer that the engine knows"
+    if not is_own(type(base).forward):
+        return f"{type(base).__name__} has another forward"
     if base is not module and base is not module.base_layer:
         return "two adapter layers are nested"
     if is_packed_for_cpu(base):
         return PACKED
     if base.weight.requires_grad:
         return "its base weight is trained"
+    return None
+
+
+def method_of(module: nn.Module) -> str:
+    """What PEFT calls the method of an adapter's layer: `vera` for `peft.tuners.vera.layer.Linear`, say."""
+    package = type(module).__module__.removeprefix("peft.tuners.").partition(".")[0]
+    return f"{type(module).__name__} of PEFT's method {package}"
+
+
+def _why_no_adapter(module: Any, name: str) -> str | None:
+    """Why the matrices of adapter `name` cannot be taken for what it computes, or None."""
+    for linear in (module.lora_A[name], module.lora_B[name]):
+        if type(linear) is not nn.Linear:
+            return f"it is a {type(linear).__module__}.{type(linear).__name__}"
+    if not is_own(nn.Linear.forward):
+        return "nn.Linear has another forward"
+    dropout = module.lora_dropout[name]
+    if type(dropout) not in (nn.Dropout, nn.Identity) or not is_own(type(dropout).forward):
+        return f"its dropout is a {type(dropout).__name__}"
+    for part in (module.lora_A[name], module.lora_B[name], dropout):
+        reason = why_called(part)
+        if reason is not None:
+            return reason
     return None
 
 
@@ -124,13 +154,18 @@ def _why_biased(module: nn.Module) -> str | None:
 
 def why_called(module: nn.Module) -> str | None:
     """Why this module has to be called as such, or None where its tensors may be used without it."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(getattr(hook, "__module__", None) != _CAPTURING for group in hooks for hook in group.values()):
+    if has_hooks(module):
         return "it has hooks"
     forward = module.__dict__.get("forward")
     if forward is not None and not (isinstance(forward, MethodType) and forward.__func__ in _STAND_INS):
         return "its forward was replaced"
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at the module's calls; transformers' idle hooks for hidden states do not count."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(getattr(hook, "__module__", None) != _CAPTURING for group in hooks for hook in group.values())
 
 
 def stand_in(forward: _Forward) -> _Forward:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.utils.dlpack
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastft.adapters.lora import AdaptedLinear
@@ -39,7 +40,7 @@ class AdapterBank:
         self.values_N = torch.zeros(end, dtype=first.dtype, device=first.device)
         for parameter, view in zip(self.parameters, self.views(self.values_N), strict=True):
             view.copy_(parameter.data)
-            parameter.data = view
+            parameter.data = with_own_storage(view)
             _BANKS[parameter] = weakref.ref(self)
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
         self._work: torch.Tensor | None = None
@@ -137,6 +138,11 @@ class AdapterBank:
         if self._zeros is None or self._zeros.numel() < elements or self._zeros.dtype != dtype:
             self._zeros = torch.zeros(elements, dtype=dtype, device=self.values_N.device)
         return self._zeros[:elements]
+
+
+def with_own_storage(view: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor of its own: what pickles a tensor writes all of the storage that it is in."""
+    return torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(view))
 
 
 _BANKS: Any = WeakIdKeyDictionary()

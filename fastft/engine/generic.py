@@ -23,7 +23,8 @@ from fastft.backends import load_backend
 from fastft.engine.ledger import Ledger
 from fastft.engine.linear import LinearState, linear_forward
 from fastft.engine.norm import FrozenNorm
-from fastft.engine.state import EngineSettings, ModuleState, original_forward, state_of, why_replaced
+from fastft.engine.attach import STATE
+from fastft.engine.state import EngineSettings, ModuleState, call_original, why_not_differentiated, why_replaced
 from fastft.kernels.norm import Norm, NormKind
 
 
@@ -46,6 +47,8 @@ class NormState(ModuleState):
     """What a patched norm knows."""
 
     norm_kind: NormKind = "rms"
+    forward: Callable[..., Any] | None = None
+    """The class's, which was compared with the engine's."""
 
 
 def find_parts(model: nn.Module, settings: EngineSettings) -> Iterator[Part]:
@@ -103,25 +106,23 @@ def _norm(module: nn.Module, name: str, settings: EngineSettings) -> Part:
     if kind is None:
         reason = replaced or f"{type(module).__name__} is not the RMSNorm that the engine knows"
         return Part(module, name, "norm", reason, None, None)
-    state = NormState(settings, name, norm_kind=kind)
+    state = NormState(settings, name, norm_kind=kind, forward=type(module).forward)
     return Part(module, name, "norm", _why_trained(module), rms_norm_forward, state)
 
 
 @stand_in
 def rms_norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """An RMSNorm of any family: its input (… × D) to the same shape and dtype."""
-    state = state_of(self)
+    state: ModuleState | None = self.__dict__.get(STATE)
+    if state is None or not torch.is_grad_enabled() or state.settings.why_stock is not None:
+        return call_original(self, args, kwargs)
     assert isinstance(state, NormState)
-    if not (self.training or torch.is_grad_enabled()):
-        return original_forward(self)(*args, **kwargs)
     settings = state.settings
-    reason = _why_not_now(self, args, kwargs)
+    reason = state.replaced or why_not_differentiated() or _why_not_now(self, state, args, kwargs)
     if reason is not None:
-        if torch.is_grad_enabled():
-            settings.ledger.stock(state.name, "norm", reason)
-        return original_forward(self)(*args, **kwargs)
-    if torch.is_grad_enabled():
-        settings.ledger.fused(state.name, "norm", settings.ops.name)
+        settings.ledger.stock(state.name, "norm", reason)
+        return call_original(self, args, kwargs)
+    settings.ledger.fused(state.name, "norm", settings.ops.name)
     return FrozenNorm.apply(args[0], _read_norm(self, state.norm_kind), settings.ops)
 
 
@@ -177,7 +178,11 @@ def _epsilon(module: nn.Module) -> float | None:
     return eps if isinstance(eps, float) else None
 
 
-def _why_not_now(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def _why_not_now(
+    module: nn.Module, state: NormState, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    if type(module).forward is not state.forward:
+        return "its class has another forward than when it was patched"
     if len(args) != 1 or kwargs:
         return f"it was given {', '.join(kwargs) or 'more than its input'}"
     x, weight = args[0], module.weight

@@ -1,82 +1,111 @@
 """The causal language model's `forward`: head and loss together, logits on demand."""
 
+import functools
 from collections.abc import Callable
-from dataclasses import fields
 from operator import attrgetter
 from typing import Any
 
 import torch
+import transformers.modeling_outputs as outputs_of
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from fastft.adapters.lora import has_hooks
+from fastft.engine import inputs
+from fastft.engine.attach import STATE, is_ours
+from fastft.engine.backbone import HEAD, Stacked, backbone_forward, run_straight
+from fastft.engine.deferred import defer
 from fastft.engine.loss import IGNORED, Targets, linear_cross_entropy
-from fastft.engine.state import STATE, compute_dtype, original_forward, state_of
-from fastft.engine.support import why_no_head, why_no_loss
+from fastft.engine.state import (
+    EngineSettings,
+    ModuleState,
+    call_original,
+    compute_dtype,
+    why_not_differentiated,
+)
+from fastft.engine.support import NO_LABELS, why_no_head, why_no_loss, why_sharded
 from fastft.kernels.cross_entropy import LogitTransform
-from fastft.models.kv_cache import KV_CACHE, given_cache
+from fastft.models.identity import why_other_class
+from fastft.models.kv_cache import KV_CACHE
 from fastft.models.spec import LayerSpec
 
+@functools.cache
+def causal_lm_forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
+    """The `forward` for models of this class.  It has their own's signature, by which trainers choose columns."""
 
-def causal_lm_forward(
-    self: nn.Module,
-    input_ids: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    past_key_values: Any = None,
-    inputs_embeds: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    use_cache: bool | None = None,
-    logits_to_keep: int | torch.Tensor = 0,
-    **kwargs: Any,
-) -> Any:
-    """The whole model; with labels and gradients, head and loss run together and `logits` are made on demand."""
-    state = state_of(self)
+    @functools.wraps(kind.forward)
+    def causal_lm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state: ModuleState | None = self.__dict__.get(STATE)
+        if state is None or not torch.is_grad_enabled() or state.settings.why_stock is not None:
+            return call_original(self, args, kwargs)
+        return _causal_lm(self, state, args, kwargs)
+
+    causal_lm_forward.__module__ = __name__  # by which `detach` knows it
+    return causal_lm_forward
+
+
+@torch.compiler.disable(reason="fastft's layers are compiled already")
+def _causal_lm(self: nn.Module, state: ModuleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     settings = state.settings
-    arguments = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": position_ids,
-        KV_CACHE: given_cache(past_key_values, kwargs),
-        "inputs_embeds": inputs_embeds,
-        "use_cache": use_cache,
-        **kwargs,
-    }
-    if labels is None or not torch.is_grad_enabled() or not self.training:
-        return original_forward(self)(**arguments, labels=labels, logits_to_keep=logits_to_keep)
-    head = self.get_output_embeddings()  # type: ignore[operator]
-    reason = state.replaced or why_no_head(head) or _why_not_together(self, logits_to_keep, kwargs)
-    if reason is not None:
-        settings.ledger.stock(state.name, "head_and_loss", reason)
-        return original_forward(self)(**arguments, labels=labels, logits_to_keep=logits_to_keep)
-    settings.ledger.fused(state.name, "head_and_loss", settings.ops.name)
-    items = arguments.pop("num_items_in_batch", None)
-    shift_labels = arguments.pop("shift_labels", None)
-    targets = Targets(labels) if shift_labels is None else Targets(shift_labels, shifted=True)
-    backbone = attrgetter(settings.spec.backbone)(self)
-    if STATE in backbone.__dict__ and attention_mask is not None:
-        arguments["targets"] = targets
-    outputs = backbone(**arguments)
-    hidden = outputs.last_hidden_state
-    transform = logit_transform(self.config, settings.spec)
-    dtype = compute_dtype(hidden) if torch.is_autocast_enabled(hidden.device.type) else head.weight.dtype
+    with settings.forward():
+        reason = why_not_differentiated() or why_sharded(self)
+        if reason is not None:
+            settings.ledger.whole(reason)
+            with settings.stock_only(reason):
+                return call_original(self, args, kwargs)
+        given = inputs.bind(self, args, kwargs)
+        reason = state.replaced or _why_not_together(self, settings.spec, given)
+        if reason is None:
+            return _together(self, settings, given)
+        with settings.head_decided():
+            note = settings.ledger.expected if reason == NO_LABELS else settings.ledger.stock
+            note(HEAD, "head_and_loss", reason)
+            return call_original(self, args, kwargs)
+
+
+def _together(model: nn.Module, settings: EngineSettings, given: dict[str, Any]) -> Any:
+    """Loss, and what else there is, of a model whose head and loss run together."""
+    spec = settings.spec
+    given = dict(given)
+    labels, shifted = given.pop("labels"), given.pop("shift_labels", None)
+    for name in ("logits_to_keep", "ignore_index"):
+        given.pop(name, None)
+    targets = Targets(labels) if shifted is None else Targets(shifted, shifted=True)
+    backbone: nn.Module = attrgetter(spec.backbone)(model)
+    stacked: Stacked | str = "the decoder is watched"
+    if is_ours(backbone, backbone_forward) and not has_hooks(backbone):
+        stacked = run_straight(backbone, settings, given, targets)
+    if isinstance(stacked, Stacked):
+        hidden, cache, more = stacked.hidden_BSD, stacked.cache, {}
+    else:
+        with settings.head_decided():
+            outputs = backbone(**given)
+        hidden, cache = outputs.last_hidden_state, outputs.get(KV_CACHE)
+        more = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    weight = head.weight
+    assert isinstance(weight, torch.Tensor)
+    transform = logit_transform(model.config, spec)
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    dtype = compute_dtype(hidden) if autocast else weight.dtype
+    settings.ledger.fused(HEAD, "head_and_loss", settings.ops.name)
+    rows_N = targets.rows().to(hidden.device)
+    items = given.get("num_items_in_batch")
     loss = linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]).to(dtype),
-        head.weight.to(dtype),
+        weight.to(dtype),
         targets.targets().reshape(-1).to(hidden.device),
         settings.ops,
         divisor=items,
         chunk_tokens=settings.loss_chunk_tokens,
         transform=transform,
-        rows_N=targets.rows().to(hidden.device),
+        rows_N=rows_N,
     )
-    result = LazyLogitsOutput(
-        loss=loss,
-        **{KV_CACHE: outputs.get(KV_CACHE)},
-        hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
-    )
-    result.defer_logits(lambda: transformed(head(hidden), transform))
-    return result
+    logits = defer(
+        hidden, weight.shape[0], dtype, lambda x: transformed(nn.Linear.forward(head, x), transform),  # type: ignore[arg-type]
+        stacked.complete if isinstance(stacked, Stacked) and stacked.rows_R is not None else None,
+    )  # fmt: skip
+    output = getattr(outputs_of, spec.model_output)
+    return output(loss=loss, logits=logits, **{KV_CACHE: cache}, **more)
 
 
 def logit_transform(config: Any, spec: LayerSpec) -> LogitTransform:
@@ -92,41 +121,28 @@ def transformed(logits: torch.Tensor, transform: LogitTransform) -> torch.Tensor
     return logits if transform.softcap is None else torch.tanh(logits / transform.softcap) * transform.softcap
 
 
-class LazyLogitsOutput(CausalLMOutputWithPast):
-    """Hugging Face's output, whose `logits` (B × S × V) are computed when somebody reads them."""
-
-    def defer_logits(self, make: Callable[[], torch.Tensor]) -> None:
-        """Compute the logits by `make` at the first access."""
-        object.__setattr__(self, "_make_logits", make)
-
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        if name == "logits" and value is None:
-            make = self.__dict__.get("_make_logits")
-            if make is not None:
-                value = make()
-                object.__setattr__(self, "_make_logits", None)
-                self.logits = value
-        return value
-
-    def __getitem__(self, key: Any) -> Any:
-        """By name or position, as in the stock output; whatever may mean the logits computes them."""
-        if key in ("loss", 0):
-            return self.loss
-        _ = self.logits
-        return super().__getitem__(key)
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """What is there, in the stock output's order."""
-        return tuple(value for each in fields(self) if (value := getattr(self, each.name)) is not None)
-
-
-def _why_not_together(model: nn.Module, logits_to_keep: int | torch.Tensor, kwargs: dict[str, Any]) -> str | None:
-    if kwargs.get("return_dict") is False:
+def _why_not_together(model: Any, spec: LayerSpec, given: dict[str, Any]) -> str | None:
+    """Why head and loss of this call cannot run together, or None."""
+    labels, keep = given.get("labels"), given.get("logits_to_keep", 0)
+    if labels is None:
+        return NO_LABELS
+    reason = why_other_class(model, spec.module, spec.model_class)
+    if reason is not None:
+        return reason
+    head = model.get_output_embeddings()
+    reason = why_no_head(head) or why_no_loss(model)
+    if reason is not None:
+        return reason
+    if given.get("return_dict") is False or (given.get("return_dict") is None and not model.config.return_dict):
         return "a tuple was asked for"
-    if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+    if not (isinstance(keep, int) and keep == 0):
         return "only some logits were asked for"
-    reason = why_no_loss(model)
-    if reason is None and kwargs.get("ignore_index", IGNORED) != IGNORED:
-        reason = "another ignore_index was asked for"
-    return reason
+    if given.get("ignore_index") not in (None, IGNORED):
+        return "another ignore_index was asked for"
+    for name in ("labels", "shift_labels"):
+        value = given.get(name)
+        if value is not None and not (isinstance(value, torch.Tensor) and value.dim() == 2):
+            return f"{name} are no B × S tensor"
+    if getattr(model.config, "vocab_size", None) != head.weight.shape[0]:
+        return "the head has another size than the vocabulary"
+    return None

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
+from fastft.engine.first_order import first_order
 
 from fastft.adapters.lora import PACKED, AdaptedLinear, read_linear, stand_in, why_not_alone
 from fastft.backends import Backend
-from fastft.engine.state import ModuleState, compute_dtype, original_forward, state_of
-from fastft.engine.watch import Watch
+from fastft.engine.attach import STATE
+from fastft.engine.state import ModuleState, call_original, compute_dtype, why_not_differentiated
+from fastft.engine.watch import Watch, has_global_hooks
 from fastft.kernels.lora_linear.reference import lora_linear, lora_linear_backward
 from fastft.models.quantized import is_packed_for_cpu, is_quantized
 
@@ -55,7 +56,7 @@ class LoraLinear(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y_TO.to(output), (*x.shape[:-1], y_TO.shape[-1]))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """Gradients of what the forward was given and wants one."""
         x_TI, low_TR, _, _ = ctx.saved_tensors
@@ -110,23 +111,24 @@ class LinearState(ModuleState):
 @stand_in
 def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A PEFT LoRA layer: `x` (… × I) to (… × O), in the dtype that PEFT would give it."""
-    state = state_of(self)
-    assert isinstance(state, LinearState)
-    gradients = torch.is_grad_enabled()
-    reason, linear = None, None
+    state: ModuleState | None = self.__dict__.get(STATE)
     # In inference, quantized layers have kernels of their own for single tokens.
-    if self.training or gradients:
-        reason, linear = state.reading.of(self)
-        reason = reason or _why_not_now(linear, x, args, kwargs)
+    if state is None or not torch.is_grad_enabled() or state.settings.why_stock is not None:
+        stock: torch.Tensor = call_original(self, (x, *args), kwargs)
+        return stock
+    assert isinstance(state, LinearState)
     ledger, ops = state.settings.ledger, state.settings.ops
-    if reason is not None and gradients:
+    reason, linear = state.replaced or why_not_differentiated(), None
+    if reason is None:
+        reason, linear = state.reading.of(self)
+    reason = reason or _why_not_now(linear, x, args, kwargs)
+    if reason is not None:
         ledger.stock(state.name, "linear", reason)
     if reason is not None or linear is None or linear.a is None:
         # Without an adapter there is nothing to gain.
-        stock: torch.Tensor = original_forward(self)(x, *args, **kwargs)
+        stock = call_original(self, (x, *args), kwargs)
         return stock
-    if gradients:
-        ledger.fused(state.name, "linear", ops.name)
+    ledger.fused(state.name, "linear", ops.name)
     # Drawn from the CPU's generator, which gradient checkpointing puts back before it runs the forward again.
     seed = int(torch.randint(2**62, ()).item()) if linear.dropout > 0 else 0
     fused: torch.Tensor = LoraLinear.apply(
@@ -144,6 +146,8 @@ def _why_not_now(
             return f"it was given {', '.join(given) or 'more than its input'}"
     if linear is None:
         return None
+    if has_global_hooks():
+        return "hooks on all modules are registered"
     if is_quantized(linear.module):
         return PACKED if is_packed_for_cpu(linear.module) else None
     dtype = linear.module.weight.dtype

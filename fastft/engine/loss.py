@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+from fastft.engine.first_order import first_order
 
 from fastft.backends import Backend
 from fastft.engine.aside import Aside
@@ -71,7 +71,8 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Σ cross-entropy of the rows whose target is not −100, over `divisor` (their count where it is None).
 
-    Returns an fp32 scalar; 0, not NaN, where no row has a target.  `head_VD` is frozen.  `transform` comes between the
+    Returns an fp32 scalar.  Where no row has a target it is 0 over the divisor: a mean of nothing is NaN, as in stock,
+    and its gradients are 0.  `head_VD` is frozen.  `transform` comes between the
     logits and the softmax.  `rows_N` is `labelled_rows(targets_T)`, where the caller has it.
     """
     rows_N = labelled_rows(targets_T) if rows_N is None else rows_N
@@ -119,8 +120,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     row_divisor_N[part] = divisor_N
                     torch.mm(logits_NV, head_VD, out=gradient_ND[part])
                 del logits_NV
-            # Without a label the sum is 0, and it stays 0 whatever the divisor: a count would be 0 as well.
-            over = float(max(count, 1)) if divisor is None or count == 0 else divisor
+            over = float(count) if divisor is None else divisor
             if isinstance(over, torch.Tensor):
                 over = over.to(total.device)
         if needs_grad:
@@ -129,7 +129,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total / over
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """The hidden states' gradient: zero in rows without a target."""
         gradient_ND, row_divisor_N, rows_N = ctx.saved_tensors

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
+from fastft.engine.first_order import first_order
 
 from fastft.backends import Backend
 from fastft.engine.parts import read_norm
-from fastft.engine.state import original_forward, state_of
+from fastft.engine.attach import STATE
+from fastft.engine.state import ModuleState, call_original, why_not_differentiated
 from fastft.engine.support import why_no_norm
 from fastft.kernels.norm import Norm
 
@@ -31,7 +32,7 @@ class FrozenNorm(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y_TD, x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """The input's gradient; the weights are frozen."""
         x_TD, rstd_T, weight_D, bias_D = ctx.saved_tensors
@@ -43,15 +44,19 @@ class FrozenNorm(torch.autograd.Function):
 
 def norm_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """The final norm (… × D)."""
-    state = state_of(self)
+    state: ModuleState | None = self.__dict__.get(STATE)
+    if state is not None and state.settings.captured is not None:
+        return hidden_states
+    if state is None or not torch.is_grad_enabled() or state.settings.why_stock is not None:
+        stock: torch.Tensor = call_original(self, (hidden_states,), {})
+        return stock
     settings = state.settings
-    hidden_states = settings.runtime.flush(hidden_states)
-    reason = state.replaced or why_no_norm(self, settings.spec)
+    reason = state.replaced or why_not_differentiated() or why_no_norm(self, settings.spec)
     if reason is None and hidden_states.dtype != self.weight.dtype:
         reason = f"its weight is {self.weight.dtype}, the activations are {hidden_states.dtype}"
     if reason is not None:
         settings.ledger.stock(state.name, "norm", reason)
-        stock: torch.Tensor = original_forward(self)(hidden_states)
+        stock = call_original(self, (hidden_states,), {})
         return stock
     settings.ledger.fused(state.name, "norm", settings.ops.name)
     normed: torch.Tensor = FrozenNorm.apply(hidden_states, read_norm(self, settings.spec), settings.ops)

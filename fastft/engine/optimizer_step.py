@@ -52,7 +52,8 @@ _flat: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Flat] = weakref.WeakKey
 _hidden: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[tuple[torch.nn.Parameter, torch.Tensor]]] = (
     weakref.WeakKeyDictionary()
 )
-_installed = False
+_handles: list[Any] = []
+"""Of the hooks that watch every optimizer."""
 _steps = 0
 
 
@@ -62,12 +63,16 @@ def steps() -> int:
 
 
 def install() -> None:
-    """Watch every optimizer's `step`; those without a bank's parameters go on unchanged."""
-    global _installed
-    if not _installed:
-        register_optimizer_step_pre_hook(_before)
-        register_optimizer_step_post_hook(_after)
-        _installed = True
+    """Watch every optimizer's `step`, until `uninstall`; those without a bank's parameters go on unchanged."""
+    if not _handles:
+        _handles.append(register_optimizer_step_pre_hook(_before))
+        _handles.append(register_optimizer_step_post_hook(_after))
+
+
+def uninstall() -> None:
+    """Watch no optimizer any more."""
+    while _handles:
+        _handles.pop().remove()
 
 
 def _before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -95,8 +95,8 @@ class LayerCall(NamedTuple):
     """About how many tokens the MLP takes at a time, where the policy does not save its gate; None for all."""
 
 
-def read_parts(layer: nn.Module, spec: LayerSpec) -> LayerParts:
-    """The parts of a decoder layer for which `fastft.engine.support.why_no_layer` is None."""
+def read_parts(layer: nn.Module, spec: LayerSpec, index: int) -> LayerParts:
+    """The parts of the decoder layer number `index`, for which `fastft.engine.support.why_no_layer` is None."""
 
     def at(path: str | None) -> Any:
         return None if path is None else attrgetter(path)(layer)
@@ -126,10 +126,18 @@ def read_parts(layer: nn.Module, spec: LayerSpec) -> LayerParts:
         head_dim=head_dim,
         scale=head_dim**-0.5 if spec.scale is None else at(spec.scale),
         softcap=at(spec.softcap),
-        window=at(spec.window),
+        window=window_of(at(spec.attention).config, spec, index),
         rotary=spec.rotary is None or bool(at(spec.rotary)),
         residual_multiplier=1.0 if spec.residual_multiplier is None else at(spec.residual_multiplier),
     )
+
+
+def window_of(config: Any, spec: LayerSpec, index: int) -> int | None:
+    """How many tokens a query of layer `index` sees: what stock reads when it makes its masks."""
+    if spec.window is None or (spec.window == "layer" and config.layer_types[index] != "sliding_attention"):
+        return None
+    window: int | None = config.sliding_window
+    return window
 
 
 def read_norm(norm: Any, spec: LayerSpec) -> Norm:

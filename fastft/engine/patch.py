@@ -7,35 +7,34 @@ head in a family with a layer specification; of the LoRA linears, the RMSNorms a
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from operator import attrgetter
-from types import MethodType
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fastft.backends import Backend, load_backend
-from fastft.engine import walks
-from fastft.engine.forwards import backbone_forward, layer_forward
+from fastft.engine import optimizer_step, walks
+from fastft.engine.attach import STATE, attach, detach
+from fastft.engine.backbone import backbone_forward
+from fastft.engine.forwards import layer_forward
 from fastft.engine.generic import (
     Part,
     decoder_layers,
     find_parts,
-    linear_forward,
     note_part,
-    rms_norm_forward,
 )
 from fastft.engine.graphs import GRAPH_MODES, GraphMode
-from fastft.engine.head import causal_lm_forward
+from fastft.engine.head import causal_lm_forward_of
 from fastft.engine.host_embedding import give_back, why_not_on_host
 from fastft.engine.ledger import Ledger
-from fastft.engine.logits import DEFERRING_FORWARDS, deferring_forward_of, why_not_together
+from fastft.engine.logits import deferring_forward_of, why_not_together
 from fastft.engine.norm import norm_forward
-from fastft.engine.state import STATE, EngineSettings, ModuleState, Placed, policy_of, state_of, why_replaced
+from fastft.engine.reading import layers_and_norm
+from fastft.engine.state import EngineSettings, ModuleState, Placed, policy_of, state_of, why_replaced
 from fastft.engine.support import why_no_head, why_no_layer, why_no_norm
 from fastft.errors import ConfigError, ModelError, unknown_choice
 from fastft.kernels.attention.library import ATTENTION
@@ -110,12 +109,7 @@ def patch_model(
         )  # fmt: skip
     launches = read_launches(kernels or {})
     ops = load_backend(backend)
-    if family not in SPECS:
-        unspecified = f"no layer specification for {family}"
-    elif not type(causal_lm).__name__.endswith("ForCausalLM"):
-        unspecified = f"{type(causal_lm).__name__} is no causal language model"
-    else:
-        unspecified = None
+    unspecified = _why_unspecified(causal_lm, family)
     if unspecified is not None:
         asked = {
             "placement": placement is not None,
@@ -129,6 +123,7 @@ def patch_model(
         ledger = _patch_parts_only(causal_lm, unspecified, chosen, ops, loss_chunk_tokens, strict=strict)
         use_launches(launches)
         walks.install(model)
+        _patched.add(causal_lm)
         return ledger
     if host_embedding and (reason := why_not_on_host(causal_lm)) is not None:
         raise ConfigError(
@@ -137,15 +132,16 @@ def patch_model(
         )  # fmt: skip
     spec = SPECS[family]
     backbone = attrgetter(spec.backbone)(causal_lm)
-    layers, final_norm = list(attrgetter(spec.layers)(backbone)), attrgetter(spec.final_norm)(backbone)
+    layers, final_norm = layers_and_norm(backbone, spec)
     chooser = placement if callable(placement) else None
     policies = _policies("light" if placement is None or callable(placement) else placement, len(layers))
     unpatch_model(model)
     use_launches(launches)
-    ledger = Ledger(strict=strict)
+    ledger = Ledger(strict=strict, model=type(causal_lm).__name__)
     settings = EngineSettings(
         ops=ops,
         spec=spec,
+        model=weakref.ref(causal_lm),
         ledger=ledger,
         placement=policies,
         attention=attention,
@@ -165,7 +161,7 @@ def patch_model(
             f"{spec.layers}.{index}",
             "decoder_layer",
             ops.name,
-            why_replaced(layer) or why_no_layer(layer, spec),
+            why_replaced(layer) or why_no_layer(layer, spec, index),
         )
     _note(ledger, spec.final_norm, "norm", ops.name, why_replaced(final_norm) or why_no_norm(final_norm, spec))
 
@@ -178,18 +174,31 @@ def patch_model(
         if not inside or ledger.paths[layer].path == "stock":
             note_part(ledger, part, ops.name)
 
-    _install(causal_lm, causal_lm_forward, ModuleState(settings, "lm_head"))
+    _install(causal_lm, causal_lm_forward_of(type(causal_lm)), ModuleState(settings, "lm_head"))
     _install(backbone, backbone_forward, ModuleState(settings, "backbone"))
     for index, layer in enumerate(layers):
         _install(layer, layer_forward, ModuleState(settings, f"{spec.layers}.{index}", index))
-        if layer.gradient_checkpointing:
-            layer._gradient_checkpointing_func = _call
     _install(final_norm, norm_forward, ModuleState(settings, spec.final_norm))
     _install_parts(parts)
-    causal_lm.gradient_checkpointing_enable = MethodType(_gradient_checkpointing_enable, causal_lm)
-    causal_lm.gradient_checkpointing_disable = MethodType(_gradient_checkpointing_disable, causal_lm)
     walks.install(model)
+    _patched.add(causal_lm)
+    ledger.tell()
     return ledger
+
+
+def _why_unspecified(model: Any, family: str) -> str | None:
+    """Why no layer specification describes this model, or None."""
+    spec = SPECS.get(family)
+    if spec is None:
+        return f"no layer specification for {family}"
+    if not type(model).__name__.endswith("ForCausalLM"):
+        return f"{type(model).__name__} is no causal language model"
+    try:
+        layers, norm = layers_and_norm(attrgetter(spec.backbone)(model), spec)
+        known = all(isinstance(module, nn.Module) for module in (*layers, norm)) and bool(layers)
+    except (AttributeError, TypeError):
+        known = False
+    return None if known else f"{type(model).__name__} is built otherwise than {spec.model_class}"
 
 
 def _patch_parts_only(
@@ -206,9 +215,10 @@ def _patch_parts_only(
             fix="leave it out; gradient_checkpointing_enable and attn_implementation are Hugging Face's here",
         )  # fmt: skip
     unpatch_model(model)
-    ledger = Ledger(strict=strict)
+    ledger = Ledger(strict=strict, model=type(model).__name__)
     settings = EngineSettings(
         ops=ops,
+        model=weakref.ref(model),
         spec=None,  # type: ignore[arg-type]  # no forward of a part reads it
         ledger=ledger,
         placement=[],
@@ -227,8 +237,9 @@ def _patch_parts_only(
     if has_head:
         _install(model, deferring_forward_of(type(model)), ModuleState(settings, "lm_head"))
     else:
-        model.__dict__[STATE] = ModuleState(settings, "model")
+        attach(model, {}, **{STATE: ModuleState(settings, "model")})
     _install_parts(parts)
+    ledger.tell()
     return ledger
 
 
@@ -241,20 +252,17 @@ def _install_parts(parts: Sequence[Part]) -> None:
 def unpatch_model(model: nn.Module) -> None:
     """Put every original `forward` back; nothing happens to a model that is not patched."""
     causal_lm = base_model(model)
-    for one in (model, causal_lm):
-        walks.uninstall(one)
-    if STATE not in causal_lm.__dict__:
-        return
-    for module in causal_lm.modules():
+    for module in dict.fromkeys((model, *causal_lm.modules())):
         if isinstance(module, nn.Embedding):
             give_back(module)
-        if STATE in module.__dict__:
-            _uninstall(module)
-            if module.__dict__.get("_gradient_checkpointing_func") is _call:
-                # The reentrant variant gives the same gradients, if any at all.
-                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-    for name in ("gradient_checkpointing_enable", "gradient_checkpointing_disable"):
-        causal_lm.__dict__.pop(name, None)
+        detach(module)
+    _patched.discard(causal_lm)
+    if not _patched:
+        optimizer_step.uninstall()
+
+
+_patched: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Models that are patched and live."""
 
 
 def ledger_of(model: nn.Module) -> Ledger | None:
@@ -304,63 +312,6 @@ def _note(ledger: Ledger, name: str, kind: str, backend: str, reason: str | None
         ledger.stock(name, kind, reason)
 
 
-_FORWARDS = (causal_lm_forward, backbone_forward, layer_forward, norm_forward, linear_forward, rms_norm_forward)
-
-
 def _install(module: nn.Module, forward: Callable[..., Any], state: ModuleState) -> None:
-    if STATE in module.__dict__:
-        # A wrapper over an earlier patch is still there, and what it calls is this very forward: a second one on top
-        # would call itself for ever.
-        state.original = state_of(module).original
-        module.__dict__[STATE] = state
-        return
     state.original = module.__dict__.get("forward")
-    module.__dict__[STATE] = state
-    module.__dict__["forward"] = MethodType(forward, module)
-
-
-def _uninstall(module: nn.Module) -> None:
-    state = state_of(module)
-    current = module.__dict__.get("forward")
-    ours = (*_FORWARDS, DEFERRING_FORWARDS.get(type(module)))
-    if current is None:
-        # A model without a head: only its parts were replaced.
-        del module.__dict__[STATE]
-        return
-    if not (isinstance(current, MethodType) and current.__func__ in ours):
-        # Somebody wrapped the patched forward (a trainer, say): what they hold must go on working.
-        log.warning("%s: its forward was wrapped after patching and stays fused", state.name)
-        return
-    del module.__dict__[STATE]
-    if state.original is None:
-        del module.__dict__["forward"]
-    else:
-        module.__dict__["forward"] = state.original
-
-
-def _gradient_checkpointing_enable(
-    self: nn.Module,
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-    every_n_layers: int = 1,
-    offload: bool = False,
-) -> None:
-    """As Hugging Face's, which also makes the embeddings require a gradient; the engine needs none there."""
-    settings = state_of(self).settings
-    if settings.placement_is_fixed:
-        log.info("gradient checkpointing stays as placed: %s", ", ".join(settings.placement))
-        return
-    if offload:
-        log.warning("the layers' inputs stay on the device; patch_model(placement='offload') keeps them in host memory")
-    for index, layer in enumerate(_layers(self)):
-        layer.gradient_checkpointing = index % every_n_layers == 0
-        layer._gradient_checkpointing_func = _call
-
-
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """In the place of Hugging Face's checkpoint function: the engine's `forward`s do what the placement says."""
-    return function(*arguments)
-
-
-def _gradient_checkpointing_disable(self: nn.Module) -> None:
-    for layer in _layers(self):
-        layer.gradient_checkpointing = False
+    attach(module, {"forward": forward}, **{STATE: state})

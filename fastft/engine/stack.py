@@ -9,7 +9,7 @@ Legend: B batch, S sequence, T = B·S tokens, D model.
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from fastft.engine.first_order import first_order
 
 from fastft.engine.runs import Run, backward_run, first_trained, forward_run
 
@@ -46,7 +46,7 @@ class DecoderStack(torch.autograd.Function):
         return y_BSD
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """Gradients of the input (None where nobody asks) and of each adapter matrix."""
         _ = ctx.saved_tensors  # raises where the graph was freed, or an adapter was changed

@@ -1,23 +1,22 @@
 """What patched modules know: the settings that one model shares, and each module's own state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import nn
 
 from fastft.backends import Backend
 from fastft.engine import optimizer_step
+from fastft.engine.attach import STATE
 from fastft.engine.graphs import GraphMode
 from fastft.engine.ledger import Ledger
-from fastft.engine.runtime import Runtime
+from fastft.engine.reading import ModelReading
 from fastft.models.spec import LayerSpec
 from fastft.plan import Choices, Policy
-
-STATE = "_fastft"
-"""The attribute under which a patched module keeps its `ModuleState`."""
-
 
 REPLACED = "its forward was replaced"
 _SIZE_STEP = 64
@@ -63,7 +62,13 @@ class EngineSettings:
     """So many layers, the first ones, keep their quantized weights dense as well."""
     host_embedding: bool = False
     """Whether the input embedding stays in host memory."""
-    runtime: Runtime = field(default_factory=Runtime)
+    reading: ModelReading = field(default_factory=ModelReading)
+    why_stock: str | None = None
+    """Why nothing of the model may run fused at the moment: every replaced `forward` goes to the original."""
+    inputs_differ: bool | None = None
+    """Whether stock's loop hands other inputs to its layers than the engine gathers; None until it was asked."""
+    captured: list[Any] | None = None
+    """While the inputs of the layers are looked at, what the layers were given; they compute nothing then."""
 
     def place(self, batch: int, tokens: int) -> None:
         """Set the placement and the chunks for a micro-batch of `batch` rows of `tokens` tokens."""
@@ -75,11 +80,45 @@ class EngineSettings:
         asked = (*size, optimizer_step.steps() > self.steps_before)
         if asked not in self.chosen:
             self.chosen[asked] = self.choose_placement(*size)
-        placed = self.chosen[asked]
-        if placed.placement != self.placement:
-            self.runtime.expect_others()
-        for name, value in placed._asdict().items():
+        for name, value in self.chosen[asked]._asdict().items():
             setattr(self, name, value)
+
+    depth: int = 0
+    """How many of the model's forwards are under way, one inside the other."""
+    knows_head: bool = False
+    """Whether the forward that is under way has said what head and loss run on."""
+    model: Callable[[], nn.Module | None] = lambda: None
+    """The model with head, while it lives."""
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """While the model, or its decoder, computes."""
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            if self.depth == 0:
+                self.reading.is_fresh = False
+                self.ledger.tell()
+
+    @contextmanager
+    def head_decided(self) -> Iterator[None]:
+        """While stock's code around the decoder runs, and the ledger has head and loss already."""
+        before, self.knows_head = self.knows_head, True
+        try:
+            yield
+        finally:
+            self.knows_head = before
+
+    @contextmanager
+    def stock_only(self, reason: str) -> Iterator[None]:
+        """Within it, nothing of the model runs fused."""
+        before, self.why_stock = self.why_stock, reason
+        try:
+            yield
+        finally:
+            self.why_stock = before
 
 
 @dataclass
@@ -91,11 +130,13 @@ class ModuleState:
     index: int = 0
     original: Callable[..., Any] | None = None
     """An instance's own `forward` from before the patch; None means the class's."""
+    inside: bool = False
+    """Whether `original` is running: if it calls the patched `forward` that it once found here, that is the module."""
 
     @property
     def replaced(self) -> str | None:
         """The reason not to run fused what somebody else had already given another `forward`."""
-        return None if self.original is None else REPLACED
+        return None if self.original is None or self.inside else REPLACED
 
 
 def why_replaced(module: nn.Module) -> str | None:
@@ -119,8 +160,37 @@ def policy_of(layer: nn.Module) -> Policy:
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:
     """The `forward` that stood before the patch, bound to `module`."""
-    original = state_of(module).original
+    state: ModuleState | None = module.__dict__.get(STATE)
+    original = None if state is None else state.original
     return original if original is not None else type(module).forward.__get__(module)
+
+
+def call_original(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the module would have returned without the patch."""
+    state: ModuleState | None = module.__dict__.get(STATE)
+    if state is None or state.original is None or state.inside:
+        return type(module).forward(module, *args, **kwargs)
+    state.inside = True
+    try:
+        return state.original(*args, **kwargs)
+    finally:
+        state.inside = False
+
+
+def why_not_differentiated() -> str | None:
+    """Why a forward has to be stock's own here, whatever the modules are, or None.
+
+    The engine's functions have a backward for reverse-mode automatic differentiation, and nothing else.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms it"
+    if forward_ad._current_level >= 0:
+        return "forward-mode automatic differentiation is on"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a TorchDispatchMode is on"
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return "the model is being traced"
+    return None
 
 
 def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:

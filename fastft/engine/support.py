@@ -1,20 +1,65 @@
 """What the engine can run, asked of the modules as they are now; each answer is a reason for the ledger."""
 
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from fastft.adapters.lora import why_called, why_not_fused
+from fastft.adapters.lora import has_hooks, why_called, why_not_fused
+from fastft.models.identity import (
+    is_own,
+    why_called_otherwise,
+    why_other_attention,
+    why_other_class,
+    why_other_functions,
+)
+from fastft.engine.watch import has_global_hooks
 from fastft.models.spec import ACTIVATIONS, LayerSpec
 
+NO_LABELS = "no labels were given"
+GLOBAL_HOOKS = "hooks on all modules are registered"
 
-def why_no_layer(layer: nn.Module, spec: LayerSpec) -> str | None:
-    """Why the engine cannot run this decoder layer, or None where it can."""
-    if type(layer).__name__ != spec.layer_class:
-        return f"{type(layer).__name__} is not {spec.layer_class}"
-    reason = _why_not_configured(layer, spec)
+
+def why_no_stack(backbone: nn.Module, layers: Sequence[nn.Module], spec: LayerSpec) -> str | None:
+    """Why the layers have to be called one by one, in stock's own loop, or None."""
+    reason = why_other_class(backbone, spec.module, spec.backbone_class) or why_other_functions(spec)
+    if reason is not None:
+        return reason
+    rotary = getattr(backbone, spec.rotary_embedding, None)
+    if rotary is None:
+        return f"{type(backbone).__name__} has no {spec.rotary_embedding}"
+    reason = why_other_class(rotary, spec.module, spec.rotary_class) or _why_replaced(rotary)
+    if reason is not None:
+        return reason
+    if has_global_hooks():
+        return GLOBAL_HOOKS
+    for index, layer in enumerate(layers):
+        if has_hooks(layer):
+            return f"layer {index} has hooks"
+    return None
+
+
+def why_no_layer(layer: nn.Module, spec: LayerSpec, index: int) -> str | None:
+    """Why the engine cannot run decoder layer number `index`, or None where it can."""
+    try:
+        return _why_no_layer(layer, spec, index)
+    except (AttributeError, IndexError, KeyError) as error:
+        return f"it is built otherwise than {spec.layer_class} ({error})"
+
+
+def _why_no_layer(layer: nn.Module, spec: LayerSpec, index: int) -> str | None:
+    reason = why_other_class(layer, spec.module, spec.layer_class) or why_other_functions(spec)
+    reason = reason or (GLOBAL_HOOKS if has_global_hooks() else None)
+    if reason is not None:
+        return reason
+    attention, mlp, activation = attrgetter(spec.attention, spec.mlp, spec.activation)(layer)
+    reason = (
+        why_other_class(attention, spec.module, spec.attention_class)
+        or why_other_class(mlp, spec.module, spec.mlp_class)
+        or _why_not_configured(layer, spec, index)
+    )
     if reason is not None:
         return reason
     for path in spec.norms:
@@ -26,45 +71,49 @@ def why_no_layer(layer: nn.Module, spec: LayerSpec) -> str | None:
         reason = why_not_fused(attrgetter(path)(layer))
         if reason is not None:
             return f"{path.rpartition('.')[2]}: {reason}"
-    attention, mlp, activation = attrgetter(spec.attention, spec.mlp, spec.activation)(layer)
     for module in (attention, mlp, activation):
         reason = why_called(module)
         if reason is not None:
             return f"{type(module).__name__}: {reason}"
     if type(activation).__name__ not in ACTIVATIONS:
         return f"the activation is {type(activation).__name__}, not one of {', '.join(ACTIVATIONS)}"
-    if attention.config.output_attentions:
-        return "attention weights are asked for"
-    if not (attention.is_causal and getattr(attention.config, "is_causal", True)):
-        return "attention is not causal"
-    # Flash and flex attention learn of packed documents in ways of their own, not from a mask.
-    if attention.config._attn_implementation not in ("sdpa", "eager"):
-        return f"attn_implementation is {attention.config._attn_implementation}, not sdpa or eager"
-    if spec.softcap is not None and attention.config._attn_implementation == "sdpa" and attrgetter(spec.softcap)(layer):
-        # Some releases of transformers let it through; training would then change with the path.
-        return "stock's sdpa leaves out its soft-cap; load it with attn_implementation='eager'"
+    if not is_own(type(activation).forward):
+        return f"the activation {type(activation).__name__} has another forward"
     if hasattr(layer, "_hf_hook"):
         return "accelerate moves it between devices"
     return None
 
 
-def _why_not_configured(layer: nn.Module, spec: LayerSpec) -> str | None:
+def _why_not_configured(layer: nn.Module, spec: LayerSpec, index: int) -> str | None:
     """Why the engine cannot run a layer of this configuration, before its parts are looked for."""
-    config = attrgetter(spec.attention)(layer).config
-    for name, value, reason in spec.required:
-        if getattr(config, name) != value:
+    attention = attrgetter(spec.attention)(layer)
+    config = attention.config
+    for name, values, reason in spec.required:
+        if getattr(config, name, None) not in values:
             return reason
     for path in spec.dropouts:
         dropout = attrgetter(path)(layer)
         if getattr(dropout, "p", dropout):
             return f"{path.rpartition('.')[2].removesuffix('_dropout')} has dropout"
-    return None
+    if config.output_attentions:
+        return "attention weights are asked for"
+    if not (getattr(attention, "is_causal", True) and getattr(config, "is_causal", None) in (None, True)):
+        return "attention is not causal"
+    if spec.window == "layer" and config.layer_types[index] == "sliding_attention" and not config.sliding_window:
+        return "its window has no size"
+    if spec.softcap is not None and config._attn_implementation == "sdpa" and attrgetter(spec.softcap)(layer):
+        # Some releases of transformers let it through; training would then change with the path.
+        return "stock's sdpa leaves out its soft-cap; load it with attn_implementation='eager'"
+    return why_other_attention(spec, config)
 
 
 def why_no_norm(norm: nn.Module, spec: LayerSpec) -> str | None:
     """Why the engine cannot run this norm, or None where it can."""
-    if type(norm).__name__ != spec.norm_class:
-        return f"{type(norm).__name__} is not {spec.norm_class}"
+    reason = why_other_class(norm, spec.norm_module or spec.module, spec.norm_class)
+    if reason is not None:
+        return reason
+    if not isinstance(getattr(norm, "weight", None), nn.Parameter):
+        return "it has no weight"
     if getattr(norm.weight, "requires_grad", True):
         return "its weight is trained"
     if getattr(getattr(norm, "bias", None), "requires_grad", False):
@@ -74,7 +123,7 @@ def why_no_norm(norm: nn.Module, spec: LayerSpec) -> str | None:
 
 def why_no_loss(model: Any) -> str | None:
     """Why this model's loss is not the cross-entropy that the engine computes, or None where it is."""
-    if model.loss_function is not ForCausalLMLoss:
+    if model.loss_function is not ForCausalLMLoss or not is_own(ForCausalLMLoss):
         return f"its loss function is {getattr(model.loss_function, '__name__', model.loss_function)}"
     return None
 
@@ -85,9 +134,30 @@ def why_no_head(head: nn.Module | None) -> str | None:
         return "the model has no output embeddings"
     if type(head) is not nn.Linear:
         return f"the head is {type(head).__module__}.{type(head).__name__}, not a plain linear layer"
+    if not is_own(nn.Linear.forward):
+        return "nn.Linear has another forward"
     if head.weight.requires_grad:
         return "the head is trained"
     if head.bias is not None:
         return "the head has a bias"
-    reason = why_called(head)
+    reason = why_called(head) or (GLOBAL_HOOKS if has_global_hooks() else None)
     return f"the head: {reason}" if reason is not None else None
+
+
+def _why_replaced(module: nn.Module) -> str | None:
+    if "forward" in module.__dict__:
+        return f"{type(module).__name__}: its forward was replaced"
+    return why_called_otherwise(type(module))
+
+
+def why_sharded(module: nn.Module) -> str | None:
+    """Why another library owns the weights of `module`, or None."""
+    if getattr(module, "_is_replica", False):
+        return "nn.DataParallel copies the model for every forward; start one process a GPU: torchrun --nproc-per-node"
+    kinds = {type(module), *(type(child) for child in module.children())}
+    first = next((child for child in module.modules() if isinstance(child, nn.ModuleList) and len(child)), None)
+    if first is not None:
+        kinds.add(type(first[0]))
+    if any("FSDP" in kind.__name__ or "FullyShardedDataParallel" in kind.__name__ for kind in kinds):
+        return "its weights are sharded (FSDP)"
+    return None

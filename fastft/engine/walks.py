@@ -7,17 +7,17 @@ quicker; where anything differs, the original walks again.  So they give exactly
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from operator import itemgetter
-from types import MethodType
 from typing import Any
 
 from torch import nn
 
+from fastft.engine.attach import attach
+
 _WALK = "_fastft_walk"
-_QUICK = ("train", "parameters", "num_parameters")
 
 
 class _Walk:
@@ -75,19 +75,11 @@ def _gone(walk_ref: "weakref.ref[_Walk]", _: Any) -> None:
 
 
 def install(model: nn.Module) -> None:
-    """Give `model`, a `PeftModel` say, the quick methods, until `uninstall`."""
-    model.__dict__[_WALK] = _Walk()
-    model.__dict__["train"] = MethodType(_train, model)
-    model.__dict__["parameters"] = MethodType(_parameters, model)
+    """Give `model`, a `PeftModel` say, the quick methods, until `fastft.engine.attach.detach`."""
+    methods: dict[str, Callable[..., Any]] = {"train": _train, "parameters": _parameters}
     if hasattr(model, "num_parameters"):
-        model.__dict__["num_parameters"] = MethodType(_num_parameters, model)
-
-
-def uninstall(model: nn.Module) -> None:
-    """Give it its own methods back; nothing happens to a model that has them."""
-    if model.__dict__.pop(_WALK, None) is not None:
-        for name in _QUICK:
-            model.__dict__.pop(name, None)
+        methods["num_parameters"] = _num_parameters
+    attach(model, methods, **{_WALK: _Walk()})
 
 
 def _walk_of(model: nn.Module) -> _Walk:

@@ -12,7 +12,7 @@ modules.  With `norm` and `post` for norms (where there are any) and m for the r
 
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from fastft.kernels.activation import ActivationKind
@@ -41,10 +41,18 @@ class LayerSpec:
     """
 
     family: str
+    module: str
+    """The Python module of transformers that defines the family's classes."""
     backbone: str = "model"
     """From the model with head: the decoder without it."""
+    embedding: str = "embed_tokens"
+    """From the backbone, as all up to `final_norm`."""
+    embedding_multiplier: str | None = None
+    """What the backbone multiplies the embeddings by."""
+    rotary_embedding: str = "rotary_emb"
+    rotary_by_layer_type: bool = False
+    """Whether there is a table of angles for each of the configuration's `layer_types`."""
     layers: str = "layers"
-    """From the backbone, as `final_norm`."""
     final_norm: str = "norm"
     returns_tuple: bool = False
     """Whether a layer returns its output as the first of a tuple."""
@@ -52,8 +60,19 @@ class LayerSpec:
     """Whether stock keeps packed documents, told by position ids, apart."""
 
     layer_class: str
+    backbone_class: str
+    model_class: str
+    """With the head."""
     norm_class: str
+    norm_module: str | None = None
+    """Where the norm's class is defined; None is `module`."""
     norm_kind: "NormKind" = "rms"
+    attention_class: str
+    mlp_class: str
+    rotary_class: str
+    backbone_output: str = "BaseModelOutputWithPast"
+    """A class of `transformers.modeling_outputs`, as `model_output`."""
+    model_output: str = "CausalLMOutputWithPast"
 
     input_norm: str = "input_layernorm"
     post_attention_norm: str | None = None
@@ -71,8 +90,9 @@ class LayerSpec:
     """Of the scores; None for head size^-½."""
     softcap: str | None = None
     """Of the scores."""
-    window: str | None = None
-    """How many tokens a query sees, itself included."""
+    window: Literal["layer", "model"] | None = None
+    """Whose `sliding_window` of the configuration holds, how many tokens a query sees, itself included: of the layers
+    whose `layer_types` says so, or of all."""
     rotary: str | None = None
     """Whether q and k are rotated; None for always."""
 
@@ -86,8 +106,8 @@ class LayerSpec:
     residual_multiplier: str | None = None
     dropouts: tuple[str, ...] = ("self_attn.attention_dropout",)
     """Probabilities, or dropout modules, that the engine can only run at 0."""
-    required: tuple[tuple[str, object, str], ...] = ()
-    """Settings of the model's configuration that the engine needs: their name, their value, why not without it."""
+    required: tuple[tuple[str, tuple[object, ...], str], ...] = ()
+    """Settings of the model's configuration that the engine needs: their name, their values, why not without."""
 
     logit_divisor: str | None = None
     """A setting of the configuration: what the logits are divided by before the softmax."""
@@ -114,78 +134,98 @@ class LayerSpec:
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
-def _gemma(number: int, **more: object) -> LayerSpec:
-    return LayerSpec(
-        layer_class=f"Gemma{number}DecoderLayer",
-        norm_class=f"Gemma{number}RMSNorm",
+def _spec(family: str, prefix: str, **more: Any) -> LayerSpec:
+    """A family whose classes have the usual names."""
+    package = more.pop("package", family)
+    named = {
+        "layer_class": "DecoderLayer", "backbone_class": "Model", "model_class": "ForCausalLM", "norm_class": "RMSNorm",
+        "attention_class": "Attention", "mlp_class": "MLP", "rotary_class": "RotaryEmbedding",
+    }  # fmt: skip
+    classes = {name: f"{prefix}{ending}" for name, ending in named.items()}
+    return LayerSpec(family=family, module=f"transformers.models.{package}.modeling_{package}", **{**classes, **more})
+
+
+def _gemma(family: str, number: int, **more: Any) -> LayerSpec:
+    return _spec(
+        family,
+        f"Gemma{number}",
+        package=f"gemma{number}",
         norm_kind="rms_unit_offset",
         post_attention_norm="post_attention_layernorm",
         mlp_norm="pre_feedforward_layernorm",
         post_mlp_norm="post_feedforward_layernorm",
-        window="self_attn.sliding_window",
+        window="layer",
         logit_softcap="final_logit_softcapping",
-        **more,  # type: ignore[arg-type]
+        **more,
     )
 
 
 SPECS: dict[str, LayerSpec] = {
-    "llama": LayerSpec(family="llama", layer_class="LlamaDecoderLayer", norm_class="LlamaRMSNorm"),
-    "mistral": LayerSpec(
-        family="mistral",
-        layer_class="MistralDecoderLayer",
-        norm_class="MistralRMSNorm",
-        window="self_attn.config.sliding_window",
+    "llama": _spec(
+        "llama",
+        "Llama",),
+    "mistral": _spec(
+        "mistral",
+        "Mistral",
+        window="model",
     ),
-    "qwen2": LayerSpec(
-        family="qwen2",
-        layer_class="Qwen2DecoderLayer",
-        norm_class="Qwen2RMSNorm",
-        window="self_attn.sliding_window",
+    "qwen2": _spec(
+        "qwen2",
+        "Qwen2",
+        window="layer",
     ),
-    "qwen3": LayerSpec(
-        family="qwen3",
-        layer_class="Qwen3DecoderLayer",
-        norm_class="Qwen3RMSNorm",
+    "qwen3": _spec(
+        "qwen3",
+        "Qwen3",
         head_norms=_HEAD_NORMS,
-        window="self_attn.sliding_window",
+        window="layer",
     ),
-    "gemma2": _gemma(2, family="gemma2", softcap="self_attn.attn_logit_softcapping"),
+    "gemma2": _gemma("gemma2", 2, softcap="self_attn.attn_logit_softcapping"),
     # Its attention has a soft-cap in the configuration and does not apply it.
-    "gemma3_text": _gemma(3, family="gemma3_text", head_norms=_HEAD_NORMS),
-    "granite": LayerSpec(
-        family="granite",
-        layer_class="GraniteDecoderLayer",
-        norm_class="GraniteRMSNorm",
+    "gemma3_text": _gemma(
+        "gemma3_text",
+        3,
+        backbone_class="Gemma3TextModel",
+        head_norms=_HEAD_NORMS,
+        rotary_by_layer_type=True,
+        required=(("use_bidirectional_attention", (False, None), "its attention looks to both sides"),),
+    ),
+    "granite": _spec(
+        "granite",
+        "Granite",
+        embedding_multiplier="embedding_multiplier",
         residual_multiplier="residual_multiplier",
         logit_divisor="logits_scaling",
     ),
-    "phi3": LayerSpec(
-        family="phi3",
-        layer_class="Phi3DecoderLayer",
-        norm_class="Phi3RMSNorm",
+    "phi3": _spec(
+        "phi3",
+        "Phi3",
         qkv=("self_attn.qkv_proj",),
-        window="self_attn.config.sliding_window",
+        window="model",
         gate_up=("mlp.gate_up_proj",),
         activation="mlp.activation_fn",
         dropouts=("self_attn.attention_dropout", "resid_attn_dropout", "resid_mlp_dropout"),
     ),
-    "smollm3": LayerSpec(
-        family="smollm3",
-        layer_class="SmolLM3DecoderLayer",
-        norm_class="SmolLM3RMSNorm",
-        window="self_attn.sliding_window",
+    "smollm3": _spec(
+        "smollm3",
+        "SmolLM3",
+        window="layer",
         rotary="self_attn.use_rope",
     ),
-    "falcon": LayerSpec(
-        family="falcon",
+    "falcon": _spec(
+        "falcon",
+        "Falcon",
         backbone="transformer",
+        embedding="word_embeddings",
         layers="h",
         final_norm="ln_f",
         returns_tuple=True,
         separates_documents=_transformers_version() >= (5, 24),
-        layer_class="FalconDecoderLayer",
         norm_class="LayerNorm",
+        norm_module="torch.nn.modules.normalization",
         norm_kind="layer",
+        backbone_output="BaseModelOutputWithPastAndCrossAttentions",
+        model_output="CausalLMOutputWithCrossAttentions",
         mlp_norm=None,
         attention="self_attention",
         qkv=("self_attention.query_key_value",),
@@ -197,10 +237,10 @@ SPECS: dict[str, LayerSpec] = {
         activation="mlp.act",
         dropouts=("self_attention.attention_dropout", "hidden_dropout"),
         required=(
-            ("alibi", False, "its positions are ALiBi's"),
-            ("new_decoder_architecture", False, "its query_key_value is grouped by key/value head"),
-            ("multi_query", True, "its query_key_value is grouped by head"),
-            ("parallel_attn", True, "its MLP has a norm of its own"),
+            ("alibi", (False,), "its positions are ALiBi's"),
+            ("new_decoder_architecture", (False,), "its query_key_value is grouped by key/value head"),
+            ("multi_query", (True,), "its query_key_value is grouped by head"),
+            ("parallel_attn", (True,), "its MLP has a norm of its own"),
         ),
     ),
 }

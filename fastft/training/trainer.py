@@ -279,7 +279,8 @@ def _trainer(
         max_steps=config.steps,
         num_train_epochs=config.epochs,
         learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
+        # transformers' `constant` has no warm-up.
+        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_gradient_norm,

@@ -292,6 +292,30 @@ def test_reasons(change: Callable[[Any], None], reason: str, device):
     assert why_not_fused(module) == reason
 
 
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)  # fmt: skip
+def test_every_kind_of_hook_is_called(register: str, device):
+    module = make_model(device).get_base_model().model.layers[0].self_attn.q_proj
+    assert why_not_fused(module) is None
+    hook = getattr(module.base_layer, register)(lambda *_: None)
+    assert why_not_fused(module) == "its base layer: it has hooks"
+    hook.remove()
+    assert why_not_fused(module) is None
+
+
+def test_a_dense_copy_is_used_in_its_own_dtype_only(device):
+    linear = nn.Linear(5, 3, device=device)
+    dense = torch.zeros(3, 5, dtype=torch.bfloat16, device=device)
+    read = read_linear(linear)._replace(dense=dense)
+    assert read.weight(torch.bfloat16) is dense
+    assert torch.equal(read.weight(torch.float32), linear.weight)
+
+
 def test_what_a_layer_cannot_take_may_be_computed_alone(device):
     module = make_model(device, lora_bias=True).get_base_model().model.layers[0].self_attn.q_proj
     assert why_not_alone(module) is None

@@ -5,6 +5,7 @@ import logging
 
 import peft
 import pytest
+import torch
 import transformers
 
 from api_models import assert_equals_stock, load
@@ -79,6 +80,15 @@ def test_a_shipped_plan_is_followed_up_to_its_own_micro_batch(caplog):
     model = adapt()
     assert_equals_stock(model)
     assert placement_of(model) != ["full", "keep", "mlp"]  # by estimate
+
+
+def test_a_shipped_plan_is_followed_up_to_its_own_rows():
+    plan = ship(micro_batch=3, accumulation=2)
+    model = adapt()
+    for tokens, followed in ((plan.key.sequence_tokens, True), (plan.key.sequence_tokens + 1, False)):
+        ids_BS = torch.arange(tokens)[None].to(next(model.parameters()).device)
+        model(input_ids=ids_BS, labels=ids_BS).loss.backward()
+        assert (placement_of(model) == ["full", "keep", "mlp"]) == followed, tokens
 
 
 def test_the_users_plan_comes_before_a_shipped_one():

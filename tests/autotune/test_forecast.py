@@ -1,6 +1,6 @@
 import pytest
 
-from autotune.forecast import FAR_BEHIND, beaten_by_one_alike, far_behind, forecast
+from autotune.forecast import beaten_by_one_alike, far_behind, forecast
 from devices import GPU
 from fastft.config import RunConfig
 from fastft.models.shapes import SHAPES
@@ -56,8 +56,14 @@ def test_what_is_far_behind_is_not_tried() -> None:
     assert far_behind(choices(size=2), [best], CONFIG, SHAPE, GPU) is None
     # Stock is only forecast once it ran.
     assert far_behind(choices(backend="peft"), [best], CONFIG, SHAPE, GPU) is None
-    ran = [best, trial(choices(backend="peft"), 100.0 * (1 + 3 * FAR_BEHIND))]
-    assert far_behind(choices("light", 8, "peft"), ran, CONFIG, SHAPE, GPU) is not None
+    stock = choices("light", 8, "peft")
+    for behind, hopeless in ((1.09, False), (1.11, True)):
+        ran = [best, trial(stock, 100.0 * behind)]
+        assert (far_behind(stock, ran, CONFIG, SHAPE, GPU) is not None) == hopeless
+    # Of a micro-batch that never ran, arithmetic may be wrong by more.
+    for behind, hopeless in ((1.19, False), (1.21, True)):
+        other = trial(choices("light", 4, "peft"), 100.0 * behind * time(choices("light", 4, "peft")) / time(stock))
+        assert (far_behind(stock, [best, other], CONFIG, SHAPE, GPU) is not None) == hopeless
     # What is behind a trial that does not fit is behind nothing.
     assert far_behind(choices("full"), [trial(choices(), 100.0, "over_cap")], CONFIG, SHAPE, GPU) is None
     # The nearest micro-batch counts, not the best.

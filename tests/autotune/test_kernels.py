@@ -13,7 +13,7 @@ import torch
 from autotune import kernel_worker, kernels
 from autotune.kernel_comparison import Limits
 from autotune.kernel_store import KernelStore
-from autotune.kernel_worker import MARKER, KernelAnswer, KernelRequest, answers
+from autotune.kernel_worker import MARKER, CudaSubject, KernelAnswer, KernelRequest, answers
 from autotune.kernels import DEATHS, search_kernels, step_buckets, winners
 from autotune.phases import Progress
 from autotune.runner import Ended, run_worker
@@ -399,3 +399,15 @@ def test_launches_that_gain_nothing_leave_the_default(tmp_path: Path) -> None:
     result, _, _, _ = tuned(tmp_path, run_probe=Slower())
     assert result.plan.choices == default_candidate(CONFIG, SHAPE, GPU)
     assert result.plan.evidence.kernels
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [("bf16", 2**-7), ("fp16", 2**-10), ("fp32", 1e-5)])
+def test_a_launch_may_differ_from_the_default_by_the_roundings_of_its_dtype(
+    dtype: str, allowed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit in the last place of 16 bits; the order of sums in fp32."""
+    default, other = OPERATIONS["add"].launches[:2]
+    errors = iter([0.0, 0.9 * allowed, 1.1 * allowed])
+    monkeypatch.setattr(CudaSubject, "_results", lambda *_: [torch.ones(64) * (1 + next(errors))])
+    subject = CudaSubject(BUCKETS[0], dtype)
+    assert [subject.check(launch) == "" for launch in (default, other, other)] == [True, True, False]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autotune.pool import MAX_AGE_SECONDS, TrialPool
+from autotune.pool import TrialPool
 from autotune.probe import ProbeRequest
 from fastft.config import RunConfig
 from fastft.errors import OutputError
@@ -154,9 +154,10 @@ def test_old_trials_are_not_compared_with_new_ones(tmp_path: Path) -> None:
     pool(tmp_path).add(request(), trial(request()), 1.0)
     path = pool(tmp_path).path
     entry = json.loads(path.read_text())
-    path.write_text(json.dumps(entry | {"at": time.time() - MAX_AGE_SECONDS - 1}))
-    assert pool(tmp_path).take(request()) is None
-    assert pool(tmp_path, "b").others(request()) == []
+    for hours, remembered in ((23, True), (25, False)):
+        path.write_text(json.dumps(entry | {"at": time.time() - 3600 * hours}))
+        assert (pool(tmp_path).take(request()) is not None) == remembered
+        assert (pool(tmp_path, "b").others(request()) != []) == remembered
 
 
 def test_a_pool_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
@@ -170,8 +171,9 @@ def test_pools_without_a_trial_of_the_last_day_are_removed(tmp_path: Path) -> No
     old, new = tmp_path / "trials" / "old.jsonl", tmp_path / "trials" / "new.jsonl"
     for path in (old, new):
         path.write_text("{}\n", encoding="utf-8")
-    past = time.time() - MAX_AGE_SECONDS - 60
-    os.utime(old, (past, past))
+    for path, hours in ((old, 25), (new, 23)):
+        past = time.time() - 3600 * hours
+        os.utime(path, (past, past))
     TrialPool.remove_outdated(tmp_path)
     assert (old.exists(), new.exists()) == (False, True)
     TrialPool.remove_outdated(tmp_path / "nothing here")

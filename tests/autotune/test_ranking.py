@@ -18,6 +18,12 @@ def test_speed_is_the_median_of_the_fastest_trial() -> None:
     assert standings.speed(choices(3)) is None
 
 
+def test_what_another_tuning_measured_counts_only_where_this_one_measured_nothing() -> None:
+    before = trial(1, 5).model_copy(update={"reused": True})
+    assert Standings([before], step_tokens=1).speed(choices(1)) == pytest.approx(1000 / 5)
+    assert Standings([before, trial(1, 10)], step_tokens=1).speed(choices(1)) == pytest.approx(1000 / 10)
+
+
 def test_one_bad_trial_disqualifies() -> None:
     standings = Standings([trial(1, 10), trial(2, 1), trial(2, verdict="out_of_memory")], step_tokens=1)
     assert standings.speed(choices(2)) is None

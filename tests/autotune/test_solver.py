@@ -2,7 +2,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from autotune.solver import PolicyCost, solve, solve_equal, solve_unequal
@@ -46,6 +46,34 @@ def test_equal_layers_are_solved_exactly(costs: Costs, count: int, budget: int) 
     order = [costs[policy].saved_bytes for policy in placement]
     assert order == sorted(order), "what saves most comes last"
     assert solve(layers, budget) == placement
+
+
+costs_that_tie = st.dictionaries(
+    st.sampled_from(POLICIES),
+    st.builds(PolicyCost, price_ms=st.integers(0, 4).map(float), saved_bytes=st.integers(0, 4)),
+    min_size=1,
+)
+
+
+@settings(max_examples=400)
+@example({"full": PolicyCost(2.0, 0), "mlp": PolicyCost(1.0, 1), "light": PolicyCost(0.0, 2)}, 2, 2)
+@given(costs_that_tie, st.integers(1, 5), st.integers(0, 20))
+def test_of_equal_layers_with_one_price_the_rank_decides(costs: Costs, count: int, budget: int) -> None:
+    """Fewer bytes, then more layers of the policy that saves less."""
+    points = sorted({(cost.saved_bytes, cost.price_ms) for cost in costs.values()})
+
+    def rank(chosen: Sequence[tuple[int, float]]) -> tuple[float, int, list[int]]:
+        total = sum(price for _, price in chosen), sum(saved for saved, _ in chosen)
+        return *total, [-chosen.count(point) for point in points]
+
+    every = (
+        c for c in itertools.combinations_with_replacement(points, count) if sum(saved for saved, _ in c) <= budget
+    )
+    best = min(every, key=rank, default=None)
+    placement = solve_equal(costs, count, budget)
+    assert (placement is None) == (best is None)
+    if placement is not None and best is not None:
+        assert rank([(costs[policy].saved_bytes, costs[policy].price_ms) for policy in placement]) == rank(best)
 
 
 @settings(max_examples=300)

@@ -228,6 +228,14 @@ def test_what_changes_nothing_or_does_not_fit_is_no_refinement() -> None:
         "other_attention": ["sdpa"]}), device=CPU)  # fmt: skip
 
 
+def test_a_refinement_fits_by_what_was_measured_and_the_estimated_difference() -> None:
+    """The leader needs more than is estimated; 2,048 rows more of 65,536 logits are a quarter of a GiB."""
+    config, shape = LONG.model_copy(update={"memory_cap": "4GiB"}), replace(SHAPE, vocabulary=2**16)
+    for peak_gib, fits in ((3.5, True), (3.9, False)):
+        leader = LEADER.model_copy(update={"peak_bytes": int(peak_gib * 2**30)})
+        assert ({"loss_chunk_tokens": 4096} in refined("exhaustive", leader, config, shape=shape)) == fits
+
+
 def test_graphs_are_recorded_or_not_whatever_auto_does() -> None:
     large = RunConfig(model="llama-3-8b", sequence_tokens=2048, dtype="bf16")
     wide = LEADER.model_copy(update={"choices": LEADER.choices.model_copy(update={"placement": ["light"] * 32})})

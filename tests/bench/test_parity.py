@@ -71,6 +71,25 @@ def test_the_gate_judges_each_tensor_by_stocks_own_error(arm, stock, dtype):
         assert parity.max_relative_error <= parity.tolerance
 
 
+@pytest.mark.parametrize(
+    ("dtype", "stock", "allowed", "refused"),
+    [
+        # 1.5 times stock's error, and 0.002 (0.0001 in fp32).
+        ("bf16", 0.02, 0.0319, 0.0321), ("fp16", 0.0, 0.0019, 0.0021), ("fp16", 0.2, 0.301, 0.303),
+        ("fp32", 0.0, 9.9e-5, 1.01e-4), ("fp32", 1e-3, 1.59e-3, 1.61e-3),
+    ],
+)  # fmt: skip
+def test_how_much_the_gate_allows(dtype, stock, allowed, refused):
+    for error, passed in ((allowed, True), (refused, False)):
+        verdict, _ = judge(arm=off_by({"A": error}), stock=off_by({"A": stock}), reference=REFERENCE, dtype=dtype)
+        assert verdict.passed == passed
+        # The loss, 2, by the same rule.
+        verdict, _ = judge(
+            arm=off_by({}, 2 * (1 + error)), stock=off_by({}, 2 * (1 + stock)), reference=REFERENCE, dtype=dtype
+        )
+        assert verdict.passed == passed
+
+
 def test_one_wrong_tensor_fails_the_gate_and_is_named():
     stock = off_by({"A": 0.02, "B": 0.001})
     parity, reason = judge(arm=off_by({"B": 0.02}), stock=stock, reference=REFERENCE, dtype="bf16")
@@ -96,8 +115,9 @@ def test_a_tensor_too_many_fails_the_gate():
 
 
 def test_a_stock_run_that_is_far_off_cannot_excuse_everything():
+    judge(arm=off_by({"A": 0.49}), stock=off_by({"A": 0.49}), reference=REFERENCE, dtype="fp16")
     with pytest.raises(MeasureError, match="itself far from"):
-        judge(arm=off_by({"A": 0.6}), stock=off_by({"A": 0.6}), reference=REFERENCE, dtype="fp16")
+        judge(arm=off_by({"A": 0.51}), stock=off_by({"A": 0.51}), reference=REFERENCE, dtype="fp16")
 
 
 @given(st.integers(1, 6), st.integers(8, 40), st.integers(0, 1000))

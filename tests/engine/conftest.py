@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fastft.engine import backbone
 from fastft.engine.patch import patch_model
-from fastft.engine.runtime import Runtime
 from fastft.models.shapes import SHAPES
 from peft_models import randomize_adapters
 
@@ -146,16 +146,16 @@ def error_of() -> Callable[[dict[str, Tensor], dict[str, Tensor]], float]:
 
 
 @pytest.fixture
-def begun(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Fills with `trust` of every training forward that begins."""
-    seen: list[bool] = []
-    begin = Runtime.begin
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Fills with every run of all layers at once."""
+    seen: list[Any] = []
+    original = backbone.run_layers
 
-    def spy(*args: Any, trust: bool, **more: Any) -> None:
-        seen.append(trust)
-        begin(*args, trust=trust, **more)
+    def spy(x: Tensor, run: Any) -> Tensor:
+        seen.append(run)
+        return original(x, run)
 
-    monkeypatch.setattr(Runtime, "begin", spy)
+    monkeypatch.setattr(backbone, "run_layers", spy)
     return seen
 
 

@@ -74,6 +74,14 @@ def test_what_is_saved_loads_in_stock_peft(patched, toy, tmp_path, batch_of):
     assert load_file(tmp_path / "plain.safetensors").keys() == adapters_of(model).keys()
 
 
+def test_gradients_that_are_missing_are_zero_in_the_joined_buffer(patched):
+    model, _, _ = patched
+    bank = bank_of(next(iter(adapters_of(model).values())))
+    gradients = [None if i in (0, 3, len(bank.parameters) - 1) else p.grad for i, p in enumerate(bank.parameters)]
+    for view, gradient in zip(bank.views(bank.join(gradients)), gradients, strict=True):
+        assert torch.equal(view, torch.zeros_like(view) if gradient is None else gradient)
+
+
 def test_parameters_that_moved_are_gathered_again(patched, batch_of):
     model, _, _ = patched
     parameter = next(iter(adapters_of(model).values()))
@@ -270,6 +278,36 @@ def test_an_optimizer_over_a_part_of_the_bank_updates_one_by_one(patched, monkey
     optimizer.step()
     for name, p in adapters_of(model).items():
         assert torch.equal(p, before[name]) == (name not in some), name
+
+
+@pytest.mark.parametrize("index", [0, 3, -1])
+def test_a_gradient_that_somebody_replaced_is_the_one_that_is_used(index, patched):
+    """The buffer still has the old one: an update of all at once would use that."""
+    model, before, _ = patched
+    parameters = adapters_of(model)
+    replaced = list(parameters)[index]
+    parameters[replaced].grad = torch.zeros_like(parameters[replaced])
+    bnb.optim.AdamW(list(parameters.values()), lr=1e-2, weight_decay=0.0).step()
+    for name, p in parameters.items():
+        assert torch.equal(p, before[name]) == (name == replaced), name
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: bnb.optim.PagedAdamW8bit(p),
+        lambda p: bnb.optim.PagedAdamW(p),
+        lambda p: bnb.optim.LAMB(p),
+        lambda p: bnb.optim.AdEMAMix(p),
+        lambda p: torch.optim.AdamW(p),
+    ],
+    ids=["paged 8 bit", "paged", "LAMB", "AdEMAMix", "torch"],
+)
+def test_what_is_no_plain_adam_of_bitsandbytes_updates_by_itself(make, patched):
+    """Paged states leave the device one by one; the others compute something else."""
+    model, _, _ = patched
+    assert optimizer_step._is_plain_adam(OPTIMIZERS["8 bit"](list(adapters_of(model).values())))
+    assert not optimizer_step._is_plain_adam(make(list(adapters_of(model).values())))
 
 
 def test_an_unpatched_model_trains_on(patched, batch_of):

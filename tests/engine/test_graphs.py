@@ -14,7 +14,7 @@ from torch import Tensor
 from fastft import patch_model
 from fastft.engine import graphs, offload
 from fastft.engine.graphs import WARM_RUNS, Graphs
-from fastft.engine.runtime import Segment
+from fastft.engine.reading import Stack
 from fastft.memory import layer as memory_of_layers
 
 
@@ -53,14 +53,14 @@ def recorder(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Again:
     """Records runs of any size, on a CPU too; CUDA's own capture is for the tests marked gpu."""
     stand_in = Again()
 
-    def always(self: Segment, mode: str, device: torch.device) -> Graphs | None:
+    def always(self: Stack, mode: str, device: torch.device) -> Graphs | None:
         if mode == "off":
             return None
         if self._graphs is None:
             self._graphs = Graphs(self.parts, stand_in, always=mode == "on")
         return self._graphs
 
-    monkeypatch.setattr(Segment, "graphs", always)
+    monkeypatch.setattr(Stack, "graphs", always)
     return stand_in
 
 

@@ -335,6 +335,29 @@ def test_gradients_with_dropout_equal_autograd_of_the_written_out_layer(toy):
             assert error < TOLERANCE, name
 
 
+@pytest.mark.parametrize("placement", ["light", "full"])
+def test_a_scaled_gradient_of_small_hidden_values_stays_finite_in_fp16(placement, toy):
+    """The norm multiplies such values by nearly 1,000; so large a factor may not meet the scaled loss's gradient."""
+    model = toy(base={"dtype": torch.float16})
+    exact = copy.deepcopy(model).double()
+    patch_model(model, backend="eager", placement=placement)
+    x_BSD = 1e-3 * torch.randn(2, 9, 64)
+    dy_BSD = 300 * torch.randn(2, 9, 64)
+    gradients = []
+    for one, dtype in ((model, torch.float16), (exact, torch.float64)):
+        backbone = one.get_base_model().model
+        device = next(one.parameters()).device
+        x, dy = (t.half().to(device, dtype) for t in (x_BSD, dy_BSD))
+        positions = backbone.rotary_emb(x, torch.arange(9, device=device)[None])
+        backbone.layers[0](x, position_embeddings=positions).backward(dy)
+        gradients.append({name: p.grad for name, p in backbone.layers[0].named_parameters() if p.grad is not None})
+    fused, expected = gradients
+    assert fused.keys() == expected.keys()
+    rstd = (x_BSD.square().mean(-1) + 1e-6).rsqrt().max()
+    for name, gradient in expected.items():
+        assert (fused[name].double() - gradient).norm() < 1e-2 * gradient.norm(), (name, float(rstd))
+
+
 def test_what_the_policies_save():
     assert SAVED["full"] < SAVED["mlp"] < SAVED["light"] < SAVED["keep"]
     assert {name for name in SAVED["full"] if not name.startswith("low_")} == {"x"}

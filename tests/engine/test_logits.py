@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from fastft import ledger_of, patch_model
-from fastft.engine.logits import DeferredLogits
+from fastft.engine.deferred import Deferred
 from fastft.errors import BackendError
 
 _SIZES = {
@@ -206,12 +206,12 @@ def test_under_autocast(device):
 
 
 @pytest.fixture
-def deferred(device: torch.device) -> tuple[DeferredLogits, Tensor, Tensor]:
+def deferred(device: torch.device) -> tuple[Deferred, Tensor, Tensor]:
     """Deferred logits, what they stand for, and the hidden states that both come from."""
     torch.manual_seed(0)
     head = nn.Linear(8, 12, bias=False).to(device).requires_grad_(False)
     hidden = torch.randn(2, 3, 8, device=device, requires_grad=True)
-    return DeferredLogits(head, hidden, torch.float32), head(hidden), hidden
+    return Deferred(head, hidden, torch.float32), head(hidden), hidden
 
 
 @pytest.mark.parametrize(

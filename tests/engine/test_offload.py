@@ -1,6 +1,8 @@
 """What layers save in host memory: the same gradients, and copies at the right moments."""
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -81,6 +83,29 @@ def test_recordings_share_host_buffers_that_grow():
     buffers.rewind()
     assert [buffers.take(torch.empty(2)).data_ptr() for _ in range(2)] == [first.data_ptr(), larger.data_ptr()]
     assert made == [64, 32, 1024]
+    buffers.rewind()
+    buffers.take(torch.empty(16))
+    assert made == [64, 32, 1024], "64 bytes hold 16 elements"
+
+
+def test_a_buffer_that_was_outgrown_is_kept():
+    """Recordings know its address, and a replay copies to it and from it."""
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def allocate(size: int) -> torch.Tensor:
+        buffer = torch.empty(size, dtype=torch.uint8)
+        made.append(weakref.ref(buffer))
+        return buffer
+
+    buffers = offload.HostBuffers(allocate)
+    for elements in (4, 100, 1000):
+        buffers.rewind()
+        buffers.take(torch.empty(elements))
+    gc.collect()
+    assert [buffer() is not None for buffer in made] == [True] * 3
+    del buffers
+    gc.collect()
+    assert [buffer() is not None for buffer in made] == [False] * 3, "nobody else held them"
 
 
 def test_on_a_cpu_nothing_moves():
@@ -100,6 +125,17 @@ def test_a_tensor_in_several_pieces_comes_back():
     transfer.leave()
     for back, was in zip(transfer.take(), expected, strict=True):
         assert torch.equal(back, was)
+
+
+@pytest.mark.gpu
+def test_a_copy_to_the_host_waits_for_what_it_copies():
+    late = torch.zeros(2**22, device="cuda")
+    torch.cuda._sleep(10**8)  # cycles: what is launched now runs later than a copy that waits for nothing
+    late.fill_(7)
+    transfer = offload.Transfer([late])
+    transfer.leave()
+    [back] = transfer.take()
+    assert (back == 7).all()
 
 
 @pytest.mark.gpu

@@ -60,6 +60,7 @@ def test_a_layer_that_becomes_fusable_again_is_fused_again(placement, toy, batch
     for _ in range(2):
         assert error_of(step(model, batch)[1], gradients) < TOLERANCE
         assert not counts(model, "linear")
+        assert list(paths(model, "norm")) == ["norm"], "those of the layers are parts of them again"
         assert not runs
         hook = attention.register_forward_hook(lambda *_: runs.append(1))
         assert error_of(step(model, batch)[1], gradients) < TOLERANCE

@@ -17,7 +17,7 @@ from fastft.engine import graphs
 from fastft.engine import tiles as engine_tiles
 from fastft.engine.layer import backward_layer, forward_layer
 from fastft.engine.parts import LayerCall, StepContext, read_parts
-from fastft.engine.runtime import Segment
+from fastft.engine.reading import Stack
 from fastft.engine.state import Placed
 from fastft.errors import ConfigError
 from fastft.kernels.attention.library import Seen, choose_attention
@@ -40,7 +40,7 @@ def make(toy: Any, family: str, **more: Any) -> Any:
 @pytest.fixture(autouse=True)
 def _unrecorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, steps that are small enough to be recorded keep their padding."""
-    monkeypatch.setattr(Segment, "graphs", lambda *_: None)
+    monkeypatch.setattr(Stack, "graphs", lambda *_: None)
 
 
 @pytest.fixture

@@ -277,6 +277,22 @@ def test_capped_scores_are_never_all_there(monkeypatch, device):
     assert largest.elements == B * H * S * S // 16
 
 
+def test_the_chunks_gradients_of_a_key_are_added_in_fp32(monkeypatch, device):
+    """A key is seen by every query behind it: in bf16, what the last chunks add would be rounded away."""
+    B, S, H = 1, 256, 4
+    tensors = [torch.randn(B, S, heads, 16, device=device).bfloat16() for heads in (H, 2, 2, H)]
+    tensors[2][..., 1:] = 0
+    tensors[3] = torch.ones_like(tensors[3])  # what they add has one sign
+    seen = Seen(softcap=SOFTCAP)
+    exact = run("sdpa", *(t.double() for t in tensors), seen)
+    errors = []
+    for chunks in (1, S):
+        monkeypatch.setattr(generic, "CHUNK_SCORES", B * H * S * S // chunks)
+        dv = run("sdpa", *tensors, seen)[3]
+        errors.append(float((dv.double() - exact[3]).norm() / exact[3].norm()))
+    assert errors[1] < 1.5 * errors[0]
+
+
 def test_auto_takes_the_first_that_can(device):
     q = torch.empty(1, 8, 1, 16, device=device)
     usable = [name for name, kernel in ATTENTION.items() if kernel.usable(q, Seen())]

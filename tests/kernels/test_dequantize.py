@@ -84,6 +84,26 @@ def test_every_code_of_both_tables(device, kernels):
         assert len(dense.view(-1, 64)[-1].unique()) > 4
 
 
+def test_the_second_zero_of_fp4_has_its_sign(device, kernels):
+    """As bitsandbytes' CUDA kernel makes it, which applies the sign bit whatever stands behind it."""
+    weight = quantize((8, 64), "fp4", device, nested=False)
+    weight.data = torch.full((256, 1), 0x80, dtype=torch.uint8, device=device)
+    dense = kernels.dequantize_4bit(four_bit(weight), torch.float32)
+    assert not dense.any()
+    assert torch.equal(torch.signbit(dense).view(-1, 2), torch.tensor([True, False], device=device).expand(256, 2))
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 4])
+def test_codes_may_begin_at_any_byte(first, device, kernels):
+    weight = quantize((63, 1000), "nf4", device)
+    expected = kernels.dequantize_4bit(four_bit(weight), torch.float32)
+    storage = torch.zeros(first + weight.data.numel(), dtype=torch.uint8, device=device)
+    codes = four_bit(weight).codes_P
+    moved = storage[first:].copy_(codes)
+    dense = kernels.dequantize_4bit(four_bit(weight)._replace(codes_P=moved), torch.float32)
+    assert torch.equal(dense, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_an_element_is_rounded_to_the_weights_dtype_first(dtype, device, kernels):
     """As `dequantize_4bit(…).to(dtype)` does."""

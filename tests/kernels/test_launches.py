@@ -105,7 +105,9 @@ def test_a_choice_holds_for_its_bucket_and_until_it_is_taken_back() -> None:
     assert (now(rank=32), now(element_bytes=2), now(tokens=257)) == (default, default, default)
     with launches_used({BUCKET._replace(tokens=512): default, BUCKET: default}):
         assert (now(), now(tokens=257)) == (default, default)
-    assert now() == OTHER
+    with launches_used({BUCKET._replace(tokens=512): OTHER}):
+        assert (now(), now(tokens=257)) == (OTHER, OTHER), "beside what is in use"
+    assert (now(), now(tokens=257)) == (OTHER, default)
     use_launches({})
     assert now() == default
 

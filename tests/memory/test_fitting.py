@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from devices import CPU, GPU
 from fastft.config import RunConfig
-from fastft.memory.fitting import SMALL_LOSS_CHUNK, best_placement_under, fit, host_limit, smallest
+from fastft.memory.fitting import SMALL_LOSS_CHUNK, best_placement_under, fit, host_limit, room_under, smallest
 from fastft.memory.model import dense_layer_bytes, estimate_peak_bytes, memory_terms
 from fastft.memory.work import recompute_flops, step_work
 from fastft.models.shapes import SHAPES
@@ -50,6 +50,15 @@ def test_the_best_placement_fits_and_none_that_fits_recomputes_less(share: float
         assert prices[tuple(found)] == min(prices.values())
         order = [POLICIES.index(policy) for policy in found]
         assert order == sorted(order, reverse=True), "layers that save most come last"
+
+
+@pytest.mark.parametrize(
+    ("cap_gib", "room_gib"),
+    [(None, 0.92 * 140), (24.0, 0.988 * 24), (130.0, 0.988 * 130), (131.0, 0.92 * 140), (200.0, 0.92 * 140)],
+)
+def test_predictions_leave_room_for_their_error_and_for_the_device(cap_gib: float | None, room_gib: float) -> None:
+    cap = None if cap_gib is None else int(cap_gib * GIB)
+    assert room_under(cap, GPU) == pytest.approx(room_gib * GIB, abs=1)
 
 
 def test_nothing_fits_under_a_tiny_cap() -> None:

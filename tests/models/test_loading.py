@@ -301,6 +301,18 @@ def test_stored_4_bits_are_computed_with_in_the_dtype_asked_for(asked, folder, d
         load_model(resolved, dtype=torch.float32, device=device.type, no_such_argument=1)
 
 
+def test_what_stands_beside_stored_quantized_weights_has_the_dtype_asked_for(device, tmp_path):
+    """Norms, embeddings, and the biases of the quantized layers themselves."""
+    pytest.importorskip("bitsandbytes")
+    model = load_model(resolve_model("toy-qwen2"), dtype=torch.bfloat16, device=device.type, quantization="nf4")
+    model.save_pretrained(tmp_path)
+    loaded = load_model(resolve_model(str(tmp_path)), dtype=torch.float32, device=device.type)
+    dtypes = {name: p.dtype for name, p in loaded.named_parameters()}
+    assert dtypes["model.layers.0.self_attn.q_proj.bias"] == torch.float32
+    assert {dtype for dtype in dtypes.values() if dtype.is_floating_point} == {torch.float32}
+    assert dtypes["model.layers.0.self_attn.q_proj.weight"] == torch.uint8
+
+
 def test_other_stored_quantizations_have_their_name(folder):
     config = resolve_model(str(folder)).config
     config.quantization_config = {"quant_method": "gptq", "bits": 4}

@@ -141,5 +141,17 @@ def test_constants_are_no_sizes():
         assert dataclasses.replace(shape, **other).sizes() != shape.sizes()
 
 
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ModelShape)])
+def test_every_size_tells_models_apart(field):
+    """Else they would share plans."""
+    shape = SHAPES["toy-llama"]
+    value = getattr(shape, field)
+    others = {"family": "qwen2", "window": 9, "settings": {"residual_multiplier": 0.5}}
+    other = others[field] if field in others else not value if isinstance(value, bool) else 2 * value
+    constants = {"rope_theta", "rotary_fraction", "rms_norm_eps", "max_positions", "settings"}
+    same = dataclasses.replace(shape, **{field: other}).sizes() == shape.sizes()
+    assert same == (field in constants)
+
+
 def test_a_falcon_3_is_a_llama():
     assert SHAPES["falcon3-7b"].family == "llama"

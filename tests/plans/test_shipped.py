@@ -72,7 +72,7 @@ def test_each_field_but_versions_and_kernels_must_be_equal(field: str, plans: Sh
     ("update", "followed"),
     [
         ({}, True), ({"kernels_sha256": "1" * 64}, False), ({"versions": {"torch": "2.13", "triton": "3.8"}}, False),
-        ({"versions": {"torch": "2.14", "triton": "3.7"}}, True),
+        ({"versions": {"torch": "2.14", "triton": "3.7"}}, True), ({"device": "Other GPU"}, False),
     ],
 )  # fmt: skip
 def test_launches_are_followed_with_the_kernels_that_were_timed(update: dict[str, Any], followed: bool) -> None:

@@ -44,15 +44,29 @@ def test_order_of_records_and_duplicates_change_nothing(records):
         ({"model": {"name": "tiny", "shape": {"layers": 2, "model": 256}}}, "model.shape.layers is 2 and 4"),
         ({"training": {"batch_size": 8}}, "training.dtype is nothing and fp32"),
         ({"seed": 7}, "no repetition was finished by both arms with the same seed"),
-        ({"loss": [1.0] * 11 + [math.nan]}, "not finite"),
-        ({"gradient_norm": [0.0] * 12}, "did not train"),
-        ({"status": "failed", "error": "out of memory"}, "eager failed: out of memory"),
-        ({"status": "gate_failed", "error": "error 0.3 > 0.1"}, "eager gate failed: error 0.3 > 0.1"),
     ],
 )
 def test_ratio_is_withheld(records, changes, reason):
     (found,) = only(replaced(records(), "eager", **changes)).comparisons
     assert any(reason in one for one in found.withheld), found.withheld
+    assert found.tokens_per_second is found.memory_above_model is found.peak_memory is found.accuracy is None
+
+
+@pytest.mark.parametrize("side", ["eager", "peft"])
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"loss": [1.0] * 11 + [math.nan]}, "has a loss or gradient norm that is not finite"),
+        ({"gradient_norm": [1.0] * 11 + [math.inf]}, "has a loss or gradient norm that is not finite"),
+        ({"gradient_norm": [0.0] * 12}, "did not train"),
+        ({"status": "failed", "error": "out of memory"}, "failed: out of memory"),
+        ({"status": "gate_failed", "error": "error 0.3 > 0.1"}, "gate failed: error 0.3 > 0.1"),
+    ],
+)
+def test_a_side_that_did_not_train_has_no_ratio(records, side, changes, reason):
+    (found,) = only(replaced(records(), side, **changes)).comparisons
+    assert found.withheld
+    assert all(one.startswith(f"{side} {reason}") for one in found.withheld), found.withheld
     assert found.tokens_per_second is found.memory_above_model is found.peak_memory is found.accuracy is None
 
 
@@ -93,15 +107,16 @@ def test_a_second_run_of_the_same_repetition_counts_as_a_process(records):
     assert only(records() + again).comparisons[0].processes == 10
 
 
-def test_memory_is_optional_and_its_kinds_do_not_mix(records):
-    (none,) = only(replaced(records(), "eager", memory=None)).comparisons
+@pytest.mark.parametrize("side", ["eager", "peft"])
+def test_memory_is_optional_and_its_kinds_do_not_mix(records, side):
+    (none,) = only(replaced(records(), side, memory=None)).comparisons
     assert none.memory_above_model is None
     assert none.tokens_per_second is not None
     cuda = Memory(kind="cuda_allocated", model_bytes=1, peak_bytes=2)
-    (mixed,) = only(replaced(records(), "eager", memory=cuda)).comparisons
+    (mixed,) = only(replaced(records(), side, memory=cuda)).comparisons
     assert mixed.peak_memory is None
     below = Memory(kind="rss", model_bytes=3, peak_bytes=2)  # a resident set can shrink
-    (shrunk,) = only(replaced(records(), "eager", memory=below)).comparisons
+    (shrunk,) = only(replaced(records(), side, memory=below)).comparisons
     assert shrunk.memory_above_model is None
     assert shrunk.peak_memory is not None
 

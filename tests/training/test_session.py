@@ -79,9 +79,12 @@ def test_every_backend_and_micro_batch_trains_the_same(side):
             assert got.gradient_norm == pytest.approx(result.gradient_norm, rel=1e-4), (backend, seed)
 
 
-def test_the_loss_is_per_labelled_token_of_the_global_batch():
-    session = make_session("peft", micro_batch=1)
+@pytest.mark.parametrize("backend", ["peft", "eager"])
+def test_the_loss_is_per_labelled_token_of_the_global_batch(backend):
+    session = make_session(backend, micro_batch=1)
     batch = make_batch()
+    # The first token, too, may have a label, which nothing predicts: it counts for nothing.
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     total, count = 0.0, 0
     with torch.no_grad():
         for row in range(4):
@@ -109,6 +112,17 @@ def test_the_seed_fixes_the_adapters():
     assert any(not torch.equal(values[0][name], value) for name, value in adapters(moved).items())
     default = build_session(config.model_copy(update={"seed": 1}), other.choices)
     assert all(torch.equal(values[0][name], value) for name, value in adapters(default).items())
+
+
+def test_weight_decay_shrinks_the_adapters():
+    """AdamW takes its share of the weights beside the update, which is the same."""
+    free, decayed = make_session("peft"), make_session("peft", weight_decay=0.5)
+    before = adapters(free)
+    for session in (free, decayed):
+        session.step(make_batch())
+    for name, value in adapters(free).items():
+        torch.testing.assert_close(value - adapters(decayed)[name], 0.01 * 0.5 * before[name], rtol=1e-3, atol=1e-7)
+    assert any(value.any() for value in before.values())
 
 
 def test_a_batch_without_labels_gives_zero():
@@ -142,6 +156,10 @@ def test_what_the_arguments_choose(tmp_path):
     assert stock.ledger() == {"model: stock": 1}
     assert stock.model.is_gradient_checkpointing
     assert not make_session("peft").model.is_gradient_checkpointing
+    for mixed, checkpoints in ((["full", "light", "full"], False), (["full", "offload", "full"], True)):
+        choices = Choices(backend="peft", micro_batch=4, accumulation=1, placement=mixed)
+        model = build_session(session.config, choices, seed=1).model
+        assert bool(model.is_gradient_checkpointing) == checkpoints, "stock checkpoints all layers or none"
 
 
 def test_strict_reaches_the_engine():

@@ -1,6 +1,7 @@
 """The loop behind `fastft train`: what it counts is what transformers' own would count."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from fastft.config import RunConfig
+from fastft.config import LoraConfig, RunConfig
 from fastft.engine import clipping, forwards, walks
 from fastft.hardware import detect_device
 from fastft.plan import Choices, Evidence, Plan
@@ -60,6 +61,51 @@ def test_every_checkpoint_and_the_adapter_name_the_plan(tmp_path: Path, monkeypa
     train(config.model_copy(update={"steps": 4, "resume": True, "plan": "none"}))
     assert json.loads((output / "checkpoint-4" / "fastft.json").read_text())["plan_id"] is None
     assert json.loads((output / "checkpoint-3" / "fastft.json").read_text())["plan_id"] == plan.id
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same samples in the same order, the optimizer's state, the schedule, and the dropout masks."""
+    monkeypatch.setenv("FASTFT_CACHE_DIR", str(tmp_path / "cache"))
+    config = RunConfig(
+        model="tiny", output=str(tmp_path / "whole"), steps=4, save_steps=2, batch_size=4, micro_batch=2,
+        sequence_tokens=64, lora=LoraConfig(dropout=0.1), schedule="linear", plan="none", device="cpu",
+    )  # fmt: skip
+    train(config)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    train(config.model_copy(update={"output": str(tmp_path / "resumed"), "resume": True}))
+    whole, resumed, half = (
+        load_file(tmp_path / folder / "adapter_model.safetensors")
+        for folder in ("whole", "resumed", "whole/checkpoint-2")
+    )
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert not any(torch.equal(half[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("constant", [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]),
+        # ½ (1 + cos(π · k / 4)), k steps after the warm-up.
+        ("cosine", [0.0, 0.5, 1.0, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_follows_the_schedule(
+    schedule: str, shares: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTFT_CACHE_DIR", str(tmp_path / "cache"))
+    rates: list[float] = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_begin(self, *_: object, optimizer: torch.optim.Optimizer, **__: object) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    config = RunConfig.load(
+        model="tiny", output=str(tmp_path / "run"), steps=6, warmup_steps=2, schedule=schedule, learning_rate=0.01,
+        batch_size=1, sequence_tokens=64, plan="none", device="cpu",
+    )  # fmt: skip
+    train(config, callbacks=[Watch()])
+    assert rates == pytest.approx([0.01 * share for share in shares], rel=1e-5)
 
 
 def test_what_the_loop_is_spared_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,83 @@
+"""Putting attributes of the engine on a module, as an instance, and taking them off again without a trace.
+
+A patched module carries, in its own `__dict__`, its `forward`, its state, and the few methods below, so that copies,
+replicas and pickles are what people expect: a deep copy is patched too, a replica of nn.DataParallel is stock, and what
+is pickled is the stock module, which loads where fastft is not installed.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+STATE = "_fastft"
+"""The attribute under which a patched module keeps its `ModuleState`."""
+_METHODS = "_fastft_methods"
+"""The names of the methods that stand on the module, with what stood there before."""
+
+
+def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], **more: Any) -> None:
+    """Give `module` these methods, and attributes, until `detach`."""
+    own: dict[str, Callable[..., Any]] = {
+        **methods,
+        "__getstate__": _getstate,
+        "__deepcopy__": _deepcopy,
+        "_replicate_for_data_parallel": _replicate,
+    }
+    before = dict(module.__dict__.get(_METHODS, {}))
+    for name, function in own.items():
+        if name not in before:
+            before[name] = module.__dict__.get(name)
+        module.__dict__[name] = MethodType(function, module)
+    module.__dict__[_METHODS] = before
+    module.__dict__.update(more)
+
+
+def detach(module: nn.Module) -> None:
+    """Take off what `attach` put on.  A method that somebody put over one of them stays: what lies below it is stock
+    again."""
+    before = module.__dict__.get(_METHODS)
+    if before is not None:
+        _strip(module.__dict__, module)
+
+
+def is_ours(module: nn.Module, function: Callable[..., Any]) -> bool:
+    """Whether `function` is called as it is: somebody's wrapper may checkpoint, or look."""
+    return getattr(module.__dict__.get("forward"), "__func__", None) is function
+
+
+def _strip(attributes: dict[str, Any], of: nn.Module) -> None:
+    """Remove from `attributes`, a module's or a copy of them, what was attached to `of`."""
+    for name, before in attributes.pop(_METHODS, {}).items():
+        current = attributes.get(name)
+        if isinstance(current, MethodType) and current.__func__.__module__.startswith("fastft."):
+            if before is None:
+                del attributes[name]
+            else:
+                attributes[name] = before
+    for name in [name for name in attributes if name.startswith("_fastft")]:
+        del attributes[name]
+
+
+def _getstate(self: nn.Module) -> dict[str, Any]:
+    """What is pickled: the module as it is without the patch."""
+    state = dict(self.__dict__)
+    _strip(state, self)
+    return state
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy with copies of the methods, bound to itself."""
+    made = type(self).__new__(type(self))
+    memo[id(self)] = made
+    made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return made
+
+
+def _replicate(self: nn.Module) -> Any:
+    """A replica for nn.DataParallel, stock: the engine's methods would be those of the first device's module."""
+    made = type(self)._replicate_for_data_parallel(self)  # type: ignore[operator]
+    _strip(made.__dict__, self)
+    return made

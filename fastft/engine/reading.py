@@ -1,0 +1,120 @@
+"""What the engine read of a model's decoder layers, for as long as nothing about them changes."""
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastft.engine import optimizer_step
+from fastft.engine.bank import AdapterBank
+from fastft.engine.graphs import GraphMode, Graphs
+from fastft.models.identity import attention_function, called_functions
+from fastft.engine.parts import LayerParts, read_parts
+from fastft.engine.resident import ResidentWeights
+from fastft.engine.support import why_no_layer, why_no_stack
+from fastft.engine.watch import Watch, has_global_hooks
+from fastft.models.spec import LayerSpec
+
+
+class Stack:
+    """All layers of a model that can all run fused, with their adapters in one bank where that is possible."""
+
+    def __init__(self, parts: Sequence[LayerParts], bank: AdapterBank | None = None) -> None:
+        """`bank` is taken over if it is these layers'."""
+        self.parts = list(parts)
+        self.bank = bank if bank is not None and bank.is_of(parts) else None
+        self._graphs: Graphs | None = None
+        self._work: list[LayerParts] = []
+        self._work_dtype: torch.dtype | None = None
+
+    def graphs(self, mode: GraphMode, device: torch.device) -> Graphs | None:
+        """The recordings of these layers, if `mode` and the device allow any."""
+        if mode == "off" or device.type != "cuda":
+            return None
+        if self._graphs is None:
+            self._graphs = Graphs(self.parts, always=mode == "on")
+        return self._graphs
+
+    def prepare(self, dtype: torch.dtype) -> tuple[list[LayerParts], AdapterBank | None]:
+        """The layers' parts for a forward in `dtype`, and the bank whose working copy they read."""
+        if self.bank is None or not self.bank.holds():
+            if not AdapterBank.fits(self.parts):
+                return self.parts, None
+            self.bank, self._work_dtype = AdapterBank(self.parts), None
+            optimizer_step.install()
+        if self._work_dtype != dtype:
+            self._work, self._work_dtype = self.bank.work_layers(self.parts, dtype), dtype
+        return self._work, self.bank
+
+    def may_record(self, tokens: int, mode: GraphMode, device: torch.device) -> bool:
+        """Whether a forward of so many tokens may replay CUDA graphs, which padding does not slow down."""
+        graphs = self.graphs(mode, device)
+        return graphs is not None and graphs.worth_it(tokens) and not any(parts.has_dropout for parts in self.parts)
+
+
+class ModelReading:
+    """What was read of one model's layers.  A copy of it starts empty."""
+
+    def __init__(self) -> None:
+        self._watch: Watch | None = None
+        self._around: tuple[Any, ...] = ()
+        """What counts beside the modules."""
+        self._resident = ResidentWeights()
+        self.parts: list[LayerParts | None] = []
+        """Of each layer; None where it cannot run fused."""
+        self.reasons: list[str | None] = []
+        """Why not."""
+        self.why_no_stack: str | None = None
+        """Why the layers cannot run as one, though each of them may."""
+        self.stack: Stack | None = None
+        """All of them, where they can."""
+        self.needed_no_mask = False
+        """Whether the last attention mask that was looked at could be left out."""
+        self.quiet = False
+        """Whether no module in them has a hook."""
+        self.count = 0
+        """How often the layers were read."""
+        self.is_fresh = False
+        """Whether they were looked at in the forward that is under way."""
+
+    def __reduce__(self) -> tuple[type["ModelReading"], tuple[()]]:
+        """Nothing of this is worth copying: it is read again from the copied modules."""
+        return ModelReading, ()
+
+    def refresh(self, backbone: nn.Module, spec: LayerSpec, resident_layers: int = 0) -> None:
+        """Look at the layers again if anything about them changed."""
+        around = attention_function(spec, backbone.config), has_global_hooks(), resident_layers
+        if self._watch is None or around != self._around or not self._watch.unchanged():
+            self._around = around
+            self._read(backbone, spec, resident_layers)
+        self.is_fresh = True
+
+    def _read(self, backbone: nn.Module, spec: LayerSpec, resident_layers: int) -> None:
+        config: Any = backbone.config
+        layers, norm = layers_and_norm(backbone, spec)
+        rotary = getattr(backbone, spec.rotary_embedding, None)
+        around = [norm] if rotary is None else [norm, rotary]
+        bound = [*called_functions(spec), (type(backbone), "forward", type(backbone).forward)]
+        self._watch = Watch([*layers, *around], bound, config)
+        self.quiet = self._watch.quiet
+        self.why_no_stack = why_no_stack(backbone, layers, spec)
+        self.reasons = [why_no_layer(layer, spec, index) for index, layer in enumerate(layers)]
+        self.parts = [
+            read_parts(layer, spec, index) if reason is None else None
+            for index, (layer, reason) in enumerate(zip(layers, self.reasons, strict=True))
+        ]
+        self.parts = self._resident.of(self.parts, resident_layers)
+        whole = [parts for parts in self.parts if parts is not None]
+        bank = None if self.stack is None else self.stack.bank
+        # A second bank would hold every adapter twice.
+        self.stack = Stack(whole, bank) if whole and len(whole) == len(layers) else None
+        self.count += 1
+
+
+def layers_and_norm(backbone: nn.Module, spec: LayerSpec) -> tuple[list[nn.Module], nn.Module]:
+    """The decoder layers that stock's loop would visit, and the norm behind them."""
+    layers, norm = attrgetter(spec.layers, spec.final_norm)(backbone)
+    most = getattr(backbone.config, "num_hidden_layers", None) if spec.family != "falcon" else None
+    return list(layers)[:most], norm

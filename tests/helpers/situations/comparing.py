@@ -1,0 +1,176 @@
+"""What differs between a stock run and a patched one."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.errors import FastftError
+from situations.axes import Situation, sensible
+from situations.running import Observed, observe
+from situations.steps import Values
+
+LOSS_ERROR = 2e-5
+"""Relative, in fp32: some hundred sums in another order, each off by 6e-8."""
+OUTPUT_ERROR = 5e-5
+"""Of the largest number of an output in fp32."""
+GRADIENT_ERROR = 1e-4
+"""Of the largest number of a gradient in fp32: the softmax's backward takes differences of nearly equal numbers."""
+GRADIENT_FLOOR = 2e-6
+"""Of the largest gradient of all: one that is a sum of nothing but rounding errors proves nothing."""
+STOCKS_OWN = 1.5
+"""In bf16: how often stock's own error, against fp32 on the same weights, a patched model's may be."""
+BF16_FLOOR = 0.08
+"""In bf16, of the largest number: twenty roundings.  Over 1500 situations, what was right came up to 0.6 times what this
+allows, and what was wrong began at 4 times."""
+ROUNDED = 1e-4
+"""From which relative error on stock itself rounds; below, it is compared as fp32."""
+_DROPPED_SO_RARELY = "dropout 1e-9"
+"""The adapter that draws random numbers and is deterministic all the same."""
+
+
+@dataclass
+class Result:
+    """What came of a situation."""
+
+    situation: Situation
+    differences: list[str]
+    fused: bool
+    """Whether a decoder layer ran fused."""
+    parts_fused: bool
+    """Whether anything did."""
+    stock_error: str | None
+
+
+def run(given: Situation, *, both_stock: bool = False, cache: bool = False) -> Result:
+    """Run a situation with the stock model and with a patched one, and compare (`cache`: see `observe`)."""
+    stock = observe(given, fast=False, cache=cache)
+    fast = observe(given, fast=not both_stock, cache=cache)
+    lossy = given.dtype == "bf16" or "autocast" in given.mode or any("bfloat16" in c.what for c in given.changes)
+    exact = observe(given, fast=False, exact=True, cache=cache) if lossy else None
+    return Result(
+        given,
+        list(differences(given, stock, fast, exact)),
+        "decoder_layer" in fast.fused,
+        bool(fast.fused),
+        None if stock.error is None else f"{type(stock.error).__name__}: {stock.error}",
+    )
+
+
+def differences(given: Situation, stock: Observed, fast: Observed, exact: Observed | None) -> Iterator[str]:
+    """What differs, a line each."""
+    for index, (expected, got) in enumerate(zip(stock.steps, fast.steps, strict=False)):
+        reference = exact.steps[index] if exact is not None and index < len(exact.steps) else None
+        for line in _of_step(given, expected, got, reference):
+            yield f"step {index + 1}, {line}"
+    if type(stock.error) is not type(fast.error) and not _clear_refusal(given, fast.error):
+        yield f"error: stock {_shown(stock.error)}; patched {_shown(fast.error)}"
+
+
+def _clear_refusal(given: Situation, error: BaseException | None) -> bool:
+    """Second derivatives may be refused, in words."""
+    wanted = given.backward == "gradient penalty"
+    return wanted and isinstance(error, (FastftError, RuntimeError)) and "deriv" in str(error).lower()
+
+
+def _shown(error: BaseException | None) -> str:
+    return "none" if error is None else f"{type(error).__name__}: {str(error).strip()[:160]!r}"
+
+
+def _of_step(given: Situation, stock: Values, fast: Values, exact: Values | None) -> Iterator[str]:
+    if stock["random"] != fast["random"]:
+        yield f"random numbers: stock drew {'some' if stock['random'] else 'none'}, patched did not the same"
+    # How often hooks were called is compared by itself.
+    names, others = ([name for name in values if not name.startswith("hook")] for values in (stock, fast))
+    if names != others:
+        missing, new = [name for name in names if name not in fast], [name for name in others if name not in stock]
+        yield f"names: not in patched {missing[:4]}, only in patched {new[:4]}"
+    structure_only = stock["random"] and given.adapter != _DROPPED_SO_RARELY
+    largest = max((_size(value) for name, value in stock.items() if name.startswith("grad")), default=0.0)
+    own = _own_errors(stock, exact, largest) if exact is not None else {}
+    for name, value in stock.items():
+        if name not in fast:
+            continue
+        other = fast[name]
+        if isinstance(value, Tensor) and isinstance(other, Tensor):
+            reference = None if exact is None else exact.get(name)
+            line = _of_tensors(name, value, other, reference, own, largest, structure_only)
+            if line is not None:
+                yield f"{name}: {line}"
+        elif type(value) is not type(other) or value != other:
+            yield f"{name}: stock {_brief(value, other)}, patched {_brief(other, value)}"
+
+
+def _brief(value: Any, other: Any) -> str:
+    if isinstance(value, list) and isinstance(other, list) and len(value) == len(other):
+        value = [a for a, b in zip(value, other, strict=True) if a != b]
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else str(value)[:120]
+
+
+def _size(value: Any) -> float:
+    finite = value[value.isfinite()].abs() if isinstance(value, Tensor) and value.is_floating_point() else None
+    return float(finite.max()) if finite is not None and finite.numel() else 0.0
+
+
+def _own_errors(stock: Values, exact: Values, largest: float) -> dict[bool, float]:
+    """Stock's largest error in bf16, relative to a tensor's largest number, of gradients and of all else.
+
+    Over all tensors of a kind: how far a single one is off is mostly chance.
+    """
+    own = {True: 0.0, False: 0.0}
+    for name, value in stock.items():
+        reference = exact.get(name)
+        if isinstance(value, Tensor) and isinstance(reference, Tensor) and value.shape == reference.shape:
+            gradient = name.startswith("grad")
+            size = _scale(reference.double(), gradient, largest)
+            own[gradient] = max(own[gradient], _error(value.double(), reference.double()) / size)
+    return own
+
+
+def _scale(value: Tensor, gradient: bool, largest: float) -> float:
+    return max(_size(value), 1e-3, 0.1 * largest if gradient else 0.0)
+
+
+def _of_tensors(
+    name: str, stock: Tensor, fast: Tensor, exact: Any, own: dict[bool, float], largest: float, structure_only: bool
+) -> str | None:
+    if stock.shape != fast.shape or stock.dtype != fast.dtype:
+        return f"stock {tuple(stock.shape)} {stock.dtype}, patched {tuple(fast.shape)} {fast.dtype}"
+    if structure_only or not stock.numel():
+        return None
+    if not stock.is_floating_point():
+        return None if torch.equal(stock, fast) else "other values"
+    a, b = stock.double(), fast.double()
+    if not torch.equal(a.isfinite(), b.isfinite()) or not torch.equal(a.isnan(), b.isnan()):
+        return f"{int((~a.isfinite()).sum())} numbers are not finite in stock, {int((~b.isfinite()).sum())} in patched"
+    gradient = name.startswith("grad")
+    if isinstance(exact, Tensor) and exact.shape == stock.shape and own[gradient] > ROUNDED:
+        reference = exact.double()
+        allowed = (STOCKS_OWN * own[gradient] + BF16_FLOOR) * _scale(reference, gradient, largest)
+    else:
+        reference = a
+        relative = GRADIENT_ERROR if gradient else LOSS_ERROR if stock.dim() == 0 else OUTPUT_ERROR
+        allowed = relative * max(_size(a), 1e-3) + (GRADIENT_FLOOR * largest if gradient else 0.0)
+    error = _error(b, reference)
+    return None if error <= allowed else f"off by {error:.2e} of {_size(reference):.2e}, allowed {allowed:.1e}"
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    difference = (a - b)[(a.isfinite() & b.isfinite())].abs()
+    return float(difference.max()) if difference.numel() else 0.0
+
+
+def smallest(given: Situation, compare: Callable[[Situation], Result] = run) -> Result:
+    """The situation with the fewest unusual things that still differs: one thing is left out at a time."""
+    worst = compare(given)
+    while worst.differences:
+        simpler = (
+            compare(each) for each in map(sensible, worst.situation.simpler()) if each.size < worst.situation.size
+        )
+        found = next((result for result in simpler if result.differences), None)
+        if found is None:
+            break
+        worst = found
+    return worst
