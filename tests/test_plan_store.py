@@ -126,6 +126,17 @@ HOSTILE = {
 }
 
 
+@pytest.mark.parametrize(("more", "readable"), [(0, True), (1, False)])
+def test_a_plan_may_have_four_mebibytes(more: int, readable: bool, tmp_path: Path) -> None:
+    path, text = tmp_path / "plan.json", make_plan().to_json()
+    path.write_text(text + " " * (4 * 2**20 + more - len(text.encode())))
+    if readable:
+        assert read_plan(path) == make_plan()
+    else:
+        with pytest.raises(PlanError, match="is too large; got more than 4 MiB"):
+            read_plan(path)
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_plan_errors(name: str, tmp_path: Path) -> None:
     store, key = PlanStore(tmp_path), make_key()

@@ -59,7 +59,8 @@ def test_what_is_affordable_fits_or_is_the_least(
     rounds, steps = pace.affordable(seconds, wanted)
     assert 1 <= rounds <= ROUNDS
     assert MIN_STEPS <= steps <= wanted
-    assert pace.seconds(rounds, steps) <= seconds + 1e-6 or (rounds, steps) == (1, MIN_STEPS)
+    # What is planned may take 15 % longer.
+    assert 1.15 * pace.seconds(rounds, steps) <= seconds + 1e-6 or (rounds, steps) == (1, MIN_STEPS)
 
 
 class Clock:

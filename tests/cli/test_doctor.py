@@ -1,5 +1,6 @@
 """`fastft doctor` and `fastft env`."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -116,6 +117,13 @@ def test_a_gpu_that_torch_cannot_use_fails(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(doctor, "_try_libraries", lambda: {"cuda": True, "product": 512.0})
     assert found("torch runs").status == "pass"
     assert found("GPU").detail == "Test GPU, 140.00 GiB, compute capability 9.0"
+
+
+@pytest.mark.parametrize(("capability", "status"), [("7.0", "warn"), ("7.5", "pass"), ("10.0", "pass")])
+def test_fused_kernels_are_for_turing_and_newer(capability: str, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = dataclasses.replace(GPU, compute_capability=capability)
+    monkeypatch.setattr(doctor, "detect_device", lambda wanted="auto": device)
+    assert found("GPU").status == status
 
 
 def test_a_process_that_crashes_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:

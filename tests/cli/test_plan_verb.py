@@ -237,6 +237,13 @@ def test_the_list_ends_with_shipped_plans(cli: Cli, shipped_plan: Plan, store: P
     assert entry["path"] == str(ShippedPlans().path(shipped_plan))
 
 
+def test_of_one_id_the_users_plan_counts(cli: Cli, shipped_plan: Plan, store: PlanStore) -> None:
+    store.save(shipped_plan.model_copy(update={"origin": "imported"}))
+    (entry,) = json.loads(cli("plan", "list", "--json").stdout)
+    assert (entry["id"], entry["origin"]) == (shipped_plan.id, "imported")
+    assert entry["path"] == str(store.path(shipped_plan.key))
+
+
 def test_a_shipped_plan_for_another_machine_does_not_fit(
     cli: Cli, make_plan: Callable[..., Plan], shipped_folder: Path
 ) -> None:

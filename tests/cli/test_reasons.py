@@ -42,6 +42,12 @@ def test_each_choice_stands_beside_the_best_that_was_done_without_it(make_plan: 
     assert texts["graphs"] == "nothing else was tried"
 
 
+def test_what_did_not_keep_to_its_cap_has_no_speed(make_plan: Callable[..., Plan]) -> None:
+    plan = make_plan()
+    trials = [tried(plan, 2000.0), tried(plan, 3000.0, "over_cap", placement=["light"] * 3)]
+    assert because(with_evidence(plan, trials))["placement"] == "2,000 tokens/s; 3×light: over cap"
+
+
 def test_only_some_others_are_named(make_plan: Callable[..., Plan]) -> None:
     plan = make_plan()
     others = [tried(plan, 100.0 * rows, loss_chunk_tokens=rows) for rows in range(1, 7)]

@@ -12,6 +12,7 @@ from fastft.hardware import detect_device
 from fastft.models.loading import (
     load_model,
     load_tokenizer,
+    quantization_config,
     resolve_model,
     torch_dtype,
 )
@@ -311,6 +312,23 @@ def test_what_stands_beside_stored_quantized_weights_has_the_dtype_asked_for(dev
     assert dtypes["model.layers.0.self_attn.q_proj.bias"] == torch.float32
     assert {dtype for dtype in dtypes.values() if dtype.is_floating_point} == {torch.float32}
     assert dtypes["model.layers.0.self_attn.q_proj.weight"] == torch.uint8
+
+
+def test_codes_that_are_stored_under_a_float_dtype_stay_codes(folder, device, tmp_path):
+    """As sharded training stores them: to cast them would make other weights of them."""
+    pytest.importorskip("bitsandbytes")
+    stored_as = quantization_config("nf4", torch.bfloat16)
+    stored_as.bnb_4bit_quant_storage = torch.bfloat16
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map={"": device.type}, quantization_config=stored_as
+    )
+    linear = model.model.layers[0].mlp.up_proj
+    assert linear.weight.dtype == torch.bfloat16
+    expected = dense_weight(linear, torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(resolve_model(str(tmp_path)), dtype=torch.float32, device=device.type)
+    assert loaded.model.norm.weight.dtype == torch.float32
+    assert torch.equal(dense_weight(loaded.model.layers[0].mlp.up_proj, torch.bfloat16), expected)
 
 
 def test_other_stored_quantizations_have_their_name(folder):

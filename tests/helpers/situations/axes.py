@@ -75,6 +75,12 @@ class Situation:
         return [each.name for each in fields(self) if each.name != "seed" and getattr(self, each.name) != each.default]
 
     @property
+    def rounds(self) -> bool:
+        """Whether something is computed in bf16."""
+        casts = any("bfloat16" in change.what for change in self.changes)
+        return self.dtype == "bf16" or "autocast" in self.mode or casts
+
+    @property
     def size(self) -> int:
         """How many unusual things there are; a change counts more at some layers, or at another time."""
         values = [getattr(self, name) for name in self.unusual()]

@@ -1,7 +1,7 @@
 """What differs between a stock run and a patched one."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,11 @@ GRADIENT_FLOOR = 2e-6
 STOCKS_OWN = 1.5
 """In bf16: how often stock's own error, against fp32 on the same weights, a patched model's may be."""
 BF16_FLOOR = 0.08
-"""In bf16, of the largest number: twenty roundings.  Over 1500 situations, what was right came up to 0.6 times what this
-allows, and what was wrong began at 4 times."""
+"""In bf16, relative: twenty roundings.  In 500 situations, all that was right but two came up to 0.8 times what this
+allows, and what was wrong began at 10 times."""
+_ROUNDS_WORSE = "rounds worse"
+_OTHER_SEEDS = (1_000_003, 2_000_003)
+"""Added to a seed: where a number rounds the other way by chance (a ReLU near 0), other numbers do not."""
 ROUNDED = 1e-4
 """From which relative error on stock itself rounds; below, it is compared as fp32."""
 _DROPPED_SO_RARELY = "dropout 1e-9"
@@ -45,11 +48,25 @@ class Result:
 
 
 def run(given: Situation, *, both_stock: bool = False, cache: bool = False) -> Result:
-    """Run a situation with the stock model and with a patched one, and compare (`cache`: see `observe`)."""
+    """Run a situation with the stock model and with a patched one, and compare.
+
+    Args:
+        given: the situation.
+        both_stock: patch neither: nothing may differ.
+        cache: see `observe`.
+    """
+    result = _once(given, both_stock, cache)
+    if result.differences and all(_ROUNDS_WORSE in line for line in result.differences):
+        others = [_once(replace(given, seed=given.seed + more), both_stock, cache) for more in _OTHER_SEEDS]
+        if not any(other.differences for other in others):
+            result.differences = []
+    return result
+
+
+def _once(given: Situation, both_stock: bool, cache: bool) -> Result:
     stock = observe(given, fast=False, cache=cache)
     fast = observe(given, fast=not both_stock, cache=cache)
-    lossy = given.dtype == "bf16" or "autocast" in given.mode or any("bfloat16" in c.what for c in given.changes)
-    exact = observe(given, fast=False, exact=True, cache=cache) if lossy else None
+    exact = observe(given, fast=False, exact=True, cache=cache) if given.rounds else None
     return Result(
         given,
         list(differences(given, stock, fast, exact)),
@@ -88,15 +105,14 @@ def _of_step(given: Situation, stock: Values, fast: Values, exact: Values | None
         missing, new = [name for name in names if name not in fast], [name for name in others if name not in stock]
         yield f"names: not in patched {missing[:4]}, only in patched {new[:4]}"
     structure_only = stock["random"] and given.adapter != _DROPPED_SO_RARELY
-    largest = max((_size(value) for name, value in stock.items() if name.startswith("grad")), default=0.0)
-    own = _own_errors(stock, exact, largest) if exact is not None else {}
+    largest = max((_size(value) for name, value in stock.items() if _is_gradient(name)), default=0.0)
+    rounding = None if exact is None else _Rounding.of(stock, exact)
     for name, value in stock.items():
         if name not in fast:
             continue
         other = fast[name]
         if isinstance(value, Tensor) and isinstance(other, Tensor):
-            reference = None if exact is None else exact.get(name)
-            line = _of_tensors(name, value, other, reference, own, largest, structure_only)
+            line = _of_tensors(name, value, other, rounding, largest, structure_only)
             if line is not None:
                 yield f"{name}: {line}"
         elif type(value) is not type(other) or value != other:
@@ -114,27 +130,62 @@ def _size(value: Any) -> float:
     return float(finite.max()) if finite is not None and finite.numel() else 0.0
 
 
-def _own_errors(stock: Values, exact: Values, largest: float) -> dict[bool, float]:
-    """Stock's largest error in bf16, relative to a tensor's largest number, of gradients and of all else.
+@dataclass
+class _Rounding:
+    """How far stock itself is off in bf16, by the root of the mean square: single numbers are off by chance."""
 
-    Over all tensors of a kind: how far a single one is off is mostly chance.
-    """
-    own = {True: 0.0, False: 0.0}
-    for name, value in stock.items():
-        reference = exact.get(name)
-        if isinstance(value, Tensor) and isinstance(reference, Tensor) and value.shape == reference.shape:
-            gradient = name.startswith("grad")
-            size = _scale(reference.double(), gradient, largest)
-            own[gradient] = max(own[gradient], _error(value.double(), reference.double()) / size)
-    return own
+    exact: Values
+    """What stock gave in fp32 on the same weights."""
+    gradients: float = 0.0
+    """The root mean square of the largest gradient."""
+    own: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
+    """The largest relative error of gradients (True), and of all else."""
+
+    @classmethod
+    def of(cls, stock: Values, exact: Values) -> "_Rounding":
+        made = cls(exact, max((_rms(value) for name, value in exact.items() if _is_gradient(name)), default=0.0))
+        for name, value in stock.items():
+            if isinstance(value, Tensor) and made.knows(name, value):
+                made.own[_is_gradient(name)] = max(made.own[_is_gradient(name)], made.error(name, value))
+        return made
+
+    @property
+    def rounds(self) -> bool:
+        return max(self.own.values()) > ROUNDED
+
+    def knows(self, name: str, value: Tensor) -> bool:
+        """Whether there is something to compare with."""
+        reference = self.exact.get(name)
+        return isinstance(reference, Tensor) and value.is_floating_point() and reference.shape == value.shape
+
+    def error(self, name: str, value: Tensor) -> float:
+        """How far a tensor is off, relative to what it should be."""
+        reference = self.exact[name].double()
+        size = max(_rms(reference), 1e-6, 0.1 * self.gradients * _is_gradient(name))
+        return _rms(value.double() - reference) / size
+
+    def verdict(self, name: str, value: Tensor) -> str | None:
+        """What is wrong with a patched model's tensor, if anything."""
+        own = self.own[_is_gradient(name)]
+        error, allowed = self.error(name, value), STOCKS_OWN * own + BF16_FLOOR
+        return (
+            None if error <= allowed else f"{_ROUNDS_WORSE}: by {error:.2e}, stock by {own:.2e}, allowed {allowed:.1e}"
+        )
 
 
-def _scale(value: Tensor, gradient: bool, largest: float) -> float:
-    return max(_size(value), 1e-3, 0.1 * largest if gradient else 0.0)
+def _is_gradient(name: str) -> bool:
+    return name.startswith("grad")
+
+
+def _rms(value: Any) -> float:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return 0.0
+    finite = value[value.isfinite()].double()
+    return float(finite.square().mean().sqrt()) if finite.numel() else 0.0
 
 
 def _of_tensors(
-    name: str, stock: Tensor, fast: Tensor, exact: Any, own: dict[bool, float], largest: float, structure_only: bool
+    name: str, stock: Tensor, fast: Tensor, rounding: _Rounding | None, largest: float, structure_only: bool
 ) -> str | None:
     if stock.shape != fast.shape or stock.dtype != fast.dtype:
         return f"stock {tuple(stock.shape)} {stock.dtype}, patched {tuple(fast.shape)} {fast.dtype}"
@@ -145,16 +196,13 @@ def _of_tensors(
     a, b = stock.double(), fast.double()
     if not torch.equal(a.isfinite(), b.isfinite()) or not torch.equal(a.isnan(), b.isnan()):
         return f"{int((~a.isfinite()).sum())} numbers are not finite in stock, {int((~b.isfinite()).sum())} in patched"
-    gradient = name.startswith("grad")
-    if isinstance(exact, Tensor) and exact.shape == stock.shape and own[gradient] > ROUNDED:
-        reference = exact.double()
-        allowed = (STOCKS_OWN * own[gradient] + BF16_FLOOR) * _scale(reference, gradient, largest)
-    else:
-        reference = a
-        relative = GRADIENT_ERROR if gradient else LOSS_ERROR if stock.dim() == 0 else OUTPUT_ERROR
-        allowed = relative * max(_size(a), 1e-3) + (GRADIENT_FLOOR * largest if gradient else 0.0)
-    error = _error(b, reference)
-    return None if error <= allowed else f"off by {error:.2e} of {_size(reference):.2e}, allowed {allowed:.1e}"
+    if rounding is not None and rounding.rounds and rounding.knows(name, stock):
+        return rounding.verdict(name, fast)
+    gradient = _is_gradient(name)
+    relative = GRADIENT_ERROR if gradient else LOSS_ERROR if stock.dim() == 0 else OUTPUT_ERROR
+    allowed = relative * max(_size(a), 1e-3) + (GRADIENT_FLOOR * largest if gradient else 0.0)
+    error = _error(a, b)
+    return None if error <= allowed else f"off by {error:.2e} of {_size(a):.2e}, allowed {allowed:.1e}"
 
 
 def _error(a: Tensor, b: Tensor) -> float:

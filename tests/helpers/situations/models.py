@@ -17,8 +17,6 @@ _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
-    # At the default of 0.02 attention is all but uniform, and a wrong mask would change next to nothing.
-    "initializer_range": 0.3,
 }  # fmt: skip
 
 _MIXED = ["sliding_attention", "full_attention"]
@@ -38,7 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0]},
     "falcon": {"ffn_hidden_size": 48, "num_kv_heads": 1},
     "opt": {
-        "ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "dropout": 0.0, "attention_dropout": 0.0, "init_std": 0.3
+        "ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "dropout": 0.0, "attention_dropout": 0.0
     },
     "gpt_neox": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
@@ -149,10 +147,17 @@ def _layers_of(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: (settings[name] * count)[:count] for name in ("layer_types", "no_rope_layers") if settings.get(name)}
 
 
-def make_base(family: str, variant: str, attention: str, head: str, dtype: torch.dtype, seed: int) -> Any:
-    """A model with sharp attention, norm weights that are not 1 and biases that are not 0."""
+def make_base(
+    family: str, variant: str, attention: str, head: str, dtype: torch.dtype, seed: int, *, spread: float
+) -> Any:
+    """A model with norm weights that are not 1 and biases that are not 0.
+
+    `spread` is that of the weights.  At Hugging Face's default of 0.02 attention is all but uniform, and a wrong mask
+    would change next to nothing.
+    """
     changes = {} if variant == "plain" else VARIANTS.get(family, _TIED)[variant]
-    settings = {**_SIZES, "tie_word_embeddings": False, **FAMILIES[family], **changes}
+    spreads = {"initializer_range": spread, "init_std": spread}
+    settings = {**_SIZES, **spreads, "tie_word_embeddings": False, **FAMILIES[family], **changes}
     config = AutoConfig.for_model(family, **{**settings, **_layers_of(settings)})
     if head != "causal":
         config.num_labels, config.pad_token_id, config.classifier_dropout = 3, 5, 0.0

@@ -30,6 +30,8 @@ from situations.steps import (
 )
 from situations.surgery import GLOBAL_HOOKS, SURGERIES
 
+SPREADS = {False: 0.3, True: 0.15}
+"""Of the weights, by whether a situation rounds: in bf16 sharp attention chooses another token by chance."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -94,7 +96,10 @@ def _fused_into(kinds: set[str]) -> Iterator[None]:
 
 
 def _make(given: Situation, fast: bool, exact: bool, undo: ExitStack) -> Site:
-    base = make_base(given.family, given.config, given.attention, given.head, DTYPES[given.dtype], 1 + given.seed)
+    base = make_base(
+        given.family, given.config, given.attention, given.head, DTYPES[given.dtype], 1 + given.seed,
+        spread=SPREADS[given.rounds],
+    )  # fmt: skip
     site = Site(base, fast=fast, exact=exact, undo=undo, head=given.head)
     whole = given.engine == "patch_hf_training"
     if whole:

@@ -102,8 +102,8 @@ MOMENTS = {
     "read after the backward": (1, 1),
     "read after the step": (2, 2),
 }
-"""When an output is read, and when what was read is looked at: after the forward (0, as all others), the backward (1) or
-the optimizer's step (2)."""
+"""When an output is read, and when what was read is looked at: after the forward (0, as in all others), after the
+backward (1), or after the optimizer's step (2)."""
 
 
 def _loss_of(values: Values) -> Tensor | None:
