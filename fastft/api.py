@@ -18,7 +18,7 @@ from torch import nn
 from fastft.backends import load_backend
 from fastft.config import RunConfig
 from fastft.engine import optimizer_step
-from fastft.engine.patch import patch_model, unpatch_model
+from fastft.engine.patch import base_model, patch_model, unpatch_model
 from fastft.engine.state import Placed
 from fastft.errors import ConfigError, FastftError, ModelError, unknown_choice
 from fastft.hardware import Device, detect_device
@@ -232,6 +232,7 @@ class HfPatch:
                 raise
             log.warning("%s stays stock: %s", type(model).__name__, error)
             return
+        self._models.add(base_model(model))
         self._models.add(model)
 
     def undo(self) -> None:

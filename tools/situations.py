@@ -54,6 +54,9 @@ def results(seeds: range, options: argparse.Namespace) -> Iterator[Any]:
         return
     with get_context("spawn").Pool(options.jobs, quiet) as pool:
         yield from pool.imap(one, seeds, chunksize=8)
+        # Leaving ends the workers at once, and then Python complains about what they had open.
+        pool.close()
+        pool.join()
 
 
 def kind_of(line: str) -> str:

@@ -6,6 +6,7 @@ is pickled is the stock module, which loads where fastft is not installed.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
@@ -23,7 +24,6 @@ def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], **more:
     own: dict[str, Callable[..., Any]] = {
         **methods,
         "__getstate__": _getstate,
-        "__deepcopy__": _deepcopy,
         "_replicate_for_data_parallel": _replicate,
     }
     before = dict(module.__dict__.get(_METHODS, {}))
@@ -38,9 +38,8 @@ def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], **more:
 def detach(module: nn.Module) -> None:
     """Take off what `attach` put on.  A method that somebody put over one of them stays: what lies below it is stock
     again."""
-    before = module.__dict__.get(_METHODS)
-    if before is not None:
-        _strip(module.__dict__, module)
+    if _METHODS in module.__dict__:
+        _strip(module.__dict__)
 
 
 def is_ours(module: nn.Module, function: Callable[..., Any]) -> bool:
@@ -48,8 +47,8 @@ def is_ours(module: nn.Module, function: Callable[..., Any]) -> bool:
     return getattr(module.__dict__.get("forward"), "__func__", None) is function
 
 
-def _strip(attributes: dict[str, Any], of: nn.Module) -> None:
-    """Remove from `attributes`, a module's or a copy of them, what was attached to `of`."""
+def _strip(attributes: dict[str, Any]) -> None:
+    """Remove from `attributes`, a module's or a copy of them, what was attached to it."""
     for name, before in attributes.pop(_METHODS, {}).items():
         current = attributes.get(name)
         if isinstance(current, MethodType) and current.__func__.__module__.startswith("fastft."):
@@ -62,22 +61,17 @@ def _strip(attributes: dict[str, Any], of: nn.Module) -> None:
 
 
 def _getstate(self: nn.Module) -> dict[str, Any]:
-    """What is pickled: the module as it is without the patch."""
+    """What is pickled: the module as it is without the patch.  What is copied deeply: all, bound to the copy."""
+    # A `__deepcopy__` on the instance would be found by wrappers that pass attributes on, and copy the wrong module.
+    if sys._getframe(1).f_code is copy.deepcopy.__code__:
+        return self.__dict__
     state = dict(self.__dict__)
-    _strip(state, self)
+    _strip(state)
     return state
-
-
-def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy with copies of the methods, bound to itself."""
-    made = type(self).__new__(type(self))
-    memo[id(self)] = made
-    made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-    return made
 
 
 def _replicate(self: nn.Module) -> Any:
     """A replica for nn.DataParallel, stock: the engine's methods would be those of the first device's module."""
     made = type(self)._replicate_for_data_parallel(self)  # type: ignore[operator]
-    _strip(made.__dict__, self)
+    _strip(made.__dict__)
     return made

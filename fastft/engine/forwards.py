@@ -40,9 +40,13 @@ def layer_forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kw
     state: ModuleState | None = self.__dict__.get(STATE)
     settings = None if state is None else state.settings
     if settings is not None and settings.captured is not None:
-        settings.captured.append(Captured(hidden_states, kwargs.get("attention_mask"), kwargs["position_embeddings"]))
+        settings.captured.take(Captured(hidden_states, kwargs.get("attention_mask"), kwargs["position_embeddings"]))
         return (hidden_states, None) if settings.spec.returns_tuple else hidden_states
-    if state is None or settings is None or not torch.is_grad_enabled() or settings.why_stock is not None:
+    if state is None or settings is None or settings.why_stock is not None:
+        return call_original(self, (hidden_states, *args), kwargs)
+    # Where nothing is differentiated all is stock's, but for dropout: a reentrant checkpoint runs its first forward so,
+    # and the second has to draw the same mask.
+    if not torch.is_grad_enabled() and not (self.training and settings.reading.may_drop):
         return call_original(self, (hidden_states, *args), kwargs)
     parts, reason = None, state.replaced or why_not_differentiated()
     if reason is None:
@@ -50,7 +54,8 @@ def layer_forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kw
     reason = reason or _why_not_now(self, settings, hidden_states, args, kwargs)
     if parts is None or reason is not None:
         assert reason is not None
-        settings.ledger.stock(state.name, "decoder_layer", reason)
+        if torch.is_grad_enabled():
+            settings.ledger.stock(state.name, "decoder_layer", reason)
         return _stock(self, state, hidden_states, args, kwargs)
     settings.ledger.fused(state.name, "decoder_layer", settings.ops.name)
     y_BSD = _fused(self, state, parts, hidden_states, kwargs)

@@ -135,6 +135,27 @@ class Captured(NamedTuple):
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
 
 
+class AllCapturedError(Exception):
+    """Every layer was called, so there is nothing more to see."""
+
+
+class Capture(NamedTuple):
+    """What the layers were handed so far, where they compute nothing."""
+
+    handed: list[Captured]
+    layers: int
+
+    def take(self, one: Captured) -> None:
+        """Keep what a layer was handed.
+
+        Raises:
+            AllCapturedError: it was the last one.
+        """
+        self.handed.append(one)
+        if len(self.handed) == self.layers:
+            raise AllCapturedError
+
+
 def differ_from_stocks(backbone: nn.Module, settings: EngineSettings, layers: list[nn.Module]) -> bool:
     """Whether stock's loop hands its layers something else than `gather` and the engine's masks say.
 
@@ -152,9 +173,12 @@ def differ_from_stocks(backbone: nn.Module, settings: EngineSettings, layers: li
 def _differs(backbone: nn.Module, settings: EngineSettings, given: dict[str, Any]) -> bool:
     spec = settings.spec
     with torch.no_grad():
-        settings.captured = handed = []
+        handed: list[Captured] = []
+        settings.captured = Capture(handed, len(layers_and_norm(backbone, spec)[0]))
         try:
             call_original(backbone, (), given)
+        except AllCapturedError:  # nothing behind the layers runs: a hook there would see it
+            pass
         finally:
             settings.captured = None
         ours = gather(backbone, spec, given)

@@ -112,8 +112,11 @@ class LinearState(ModuleState):
 def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A PEFT LoRA layer: `x` (… × I) to (… × O), in the dtype that PEFT would give it."""
     state: ModuleState | None = self.__dict__.get(STATE)
-    # In inference, quantized layers have kernels of their own for single tokens.
-    if state is None or not torch.is_grad_enabled() or state.settings.why_stock is not None:
+    # In inference, quantized layers have kernels of their own for single tokens.  Where nothing is differentiated all is
+    # stock's, but for dropout: a reentrant checkpoint runs its first forward so, and the second draws the same mask.
+    gradients = torch.is_grad_enabled()
+    off = state is None or state.settings.why_stock is not None
+    if off or (not gradients and not _drops(self)):
         stock: torch.Tensor = call_original(self, (x, *args), kwargs)
         return stock
     assert isinstance(state, LinearState)
@@ -122,7 +125,7 @@ def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) 
     if reason is None:
         reason, linear = state.reading.of(self)
     reason = reason or _why_not_now(linear, x, args, kwargs)
-    if reason is not None:
+    if reason is not None and gradients:
         ledger.stock(state.name, "linear", reason)
     if reason is not None or linear is None or linear.a is None:
         # Without an adapter there is nothing to gain.
@@ -135,6 +138,11 @@ def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) 
         x, linear, _dtypes(linear, x), seed, ops, linear.a, linear.b, linear.bias, linear.b_bias
     )
     return fused
+
+
+def _drops(module: Any) -> bool:
+    dropouts = getattr(module, "lora_dropout", {})
+    return any(isinstance(each, nn.Dropout) and each.training and each.p > 0 for each in dropouts.values())
 
 
 def _why_not_now(

@@ -45,8 +45,6 @@ class FrozenNorm(torch.autograd.Function):
 def norm_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """The final norm (… × D)."""
     state: ModuleState | None = self.__dict__.get(STATE)
-    if state is not None and state.settings.captured is not None:
-        return hidden_states
     if state is None or not torch.is_grad_enabled() or state.settings.why_stock is not None:
         stock: torch.Tensor = call_original(self, (hidden_states,), {})
         return stock

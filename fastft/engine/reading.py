@@ -72,6 +72,8 @@ class ModelReading:
         """All of them, where they can."""
         self.needed_no_mask = False
         """Whether the last attention mask that was looked at could be left out."""
+        self.may_drop = False
+        """Whether an adapter in them drops elements of its input in training."""
         self.quiet = False
         """Whether no module in them has a hook."""
         self.count = 0
@@ -99,6 +101,7 @@ class ModelReading:
         bound = [*called_functions(spec), (type(backbone), "forward", type(backbone).forward)]
         self._watch = Watch([*layers, *around], bound, config)
         self.quiet = self._watch.quiet
+        self.may_drop = any(isinstance(m, nn.Dropout) and m.p > 0 for layer in layers for m in layer.modules())
         self.why_no_stack = why_no_stack(backbone, layers, spec)
         self.reasons = [why_no_layer(layer, spec, index) for index, layer in enumerate(layers)]
         self.parts = [
@@ -116,5 +119,5 @@ class ModelReading:
 def layers_and_norm(backbone: nn.Module, spec: LayerSpec) -> tuple[list[nn.Module], nn.Module]:
     """The decoder layers that stock's loop would visit, and the norm behind them."""
     layers, norm = attrgetter(spec.layers, spec.final_norm)(backbone)
-    most = getattr(backbone.config, "num_hidden_layers", None) if spec.family != "falcon" else None
+    most = getattr(backbone.config, "num_hidden_layers", None) if spec.counts_layers else None
     return list(layers)[:most], norm

@@ -67,7 +67,7 @@ class EngineSettings:
     """Why nothing of the model may run fused at the moment: every replaced `forward` goes to the original."""
     inputs_differ: bool | None = None
     """Whether stock's loop hands other inputs to its layers than the engine gathers; None until it was asked."""
-    captured: list[Any] | None = None
+    captured: Any = None
     """While the inputs of the layers are looked at, what the layers were given; they compute nothing then."""
 
     def place(self, batch: int, tokens: int) -> None:

@@ -54,6 +54,8 @@ class LayerSpec:
     """Whether there is a table of angles for each of the configuration's `layer_types`."""
     layers: str = "layers"
     final_norm: str = "norm"
+    counts_layers: bool = True
+    """Whether stock's loop visits as many layers as the configuration says, not all that there are."""
     returns_tuple: bool = False
     """Whether a layer returns its output as the first of a tuple."""
     separates_documents: bool = True
@@ -218,6 +220,7 @@ SPECS: dict[str, LayerSpec] = {
         backbone="transformer",
         embedding="word_embeddings",
         layers="h",
+        counts_layers=False,
         final_norm="ln_f",
         returns_tuple=True,
         separates_documents=_transformers_version() >= (5, 24),

@@ -200,7 +200,10 @@ def test_a_merged_adapter_and_a_merged_one_that_is_disabled(device):
         each.merge_adapter()
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
     assert not reasons(model)
+    linear = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert why_not_fused(linear) is None
     with stock.disable_adapter(), model.disable_adapter():
+        assert why_not_fused(linear) == "its adapter is merged and disabled"
         # Stock unmerges here; reading the merged weight instead would leave the adapter in.
         torch.testing.assert_close(logits_of(model), logits_of(stock), rtol=1e-4, atol=1e-4)
     for each in (stock, model):

@@ -276,7 +276,7 @@ def test_parallel_attention_layer_norm_and_no_gate(policy, backend, device):
     causal = torch.ones(9, 9, dtype=torch.bool, device=device).tril()[None, None]
     expected_BSD, _ = layer(x_BSD, alibi=None, attention_mask=causal, position_embeddings=(cos, sin))
 
-    parts = read_parts(layer, FALCON)
+    parts = read_parts(layer, FALCON, 0)
     matrices = [matrix for matrix in parts.adapters if matrix is not None]
     expected = torch.autograd.grad(expected_BSD, [x_BSD, *matrices], dy_BSD)
     seen = Seen(causal)

@@ -321,7 +321,7 @@ def test_several_active_adapters_and_disabled_ones(unknown, batch_of, step, erro
 def test_adalora_and_other_methods_stay_stock(unknown, batch_of, step, error_of):
     for config, kind, reason in (
         (peft.AdaLoraConfig(init_r=4, total_step=10, target_modules=_QKVO, task_type="CAUSAL_LM"),
-         "linear", "SVDLinear is not plain LoRA"),
+         "linear", "SVDLinear of PEFT's method adalora is not plain LoRA"),
         (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
          "linear", "Linear is not LoRA"),
     ):  # fmt: skip
@@ -481,8 +481,8 @@ def test_each_reason_is_logged_once(unknown, batch_of, step, caplog):
         step(model, batch_of("none"))
     messages = [record.getMessage() for record in caplog.records if record.name == "fastft"]
     assert messages == [
-        "layers.0 (decoder_layer) runs as stock, because no layer specification for olmo2",
-        "layers.0.self_attn.q_proj (linear) runs as stock, because its LoRA is a variant (such as DoRA)",
+        "Olmo2ForCausalLM: linear 2 of 2 (layers.0.self_attn.q_proj, …) runs as stock, because its LoRA is a variant "
+        "(such as DoRA)"
     ]
 
 

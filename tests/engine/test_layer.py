@@ -218,13 +218,13 @@ def test_a_second_derivative_is_an_error_not_wrong(toy, batch_of):
     loss = model(**{name: tensor.to(device) for name, tensor in batch_of("none").items()}).loss
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
+    with pytest.raises(RuntimeError, match="first derivatives only"):
         sum(g.square().sum() for g in gradients).backward()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_inside_somebody_elses_checkpoint(reentrant, toy, batch_of, step, error_of):
-    batch = batch_of("right")
+    batch = batch_of("none")  # padding that is left out would draw another mask
     model = toy(lora_dropout=0.3)
     patch_model(model, backend="eager", placement="light")
     torch.manual_seed(5)
