@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fastft.models.identity import is_own, why_called_otherwise
+from fastft.models.identity import is_own, why_called_otherwise, why_no_linear
 from fastft.models.quantized import dense_weight, is_packed_for_cpu, is_quantized
 
 _CAPTURING = "transformers.utils.output_capturing"
@@ -131,8 +131,9 @@ def _why_no_adapter(module: Any, name: str) -> str | None:
     for linear in (module.lora_A[name], module.lora_B[name]):
         if type(linear) is not nn.Linear:
             return f"it is a {type(linear).__module__}.{type(linear).__name__}"
-    if not is_own(nn.Linear.forward):
-        return "nn.Linear has another forward"
+    reason = why_no_linear()
+    if reason is not None:
+        return reason
     dropout = module.lora_dropout[name]
     if type(dropout) not in (nn.Dropout, nn.Identity) or not is_own(type(dropout).forward):
         return f"its dropout is a {type(dropout).__name__}"
@@ -159,7 +160,7 @@ def why_called(module: nn.Module) -> str | None:
     forward = module.__dict__.get("forward")
     if forward is not None and not (isinstance(forward, MethodType) and forward.__func__ in _STAND_INS):
         return "its forward was replaced"
-    return None
+    return why_called_otherwise(type(module))
 
 
 def has_hooks(module: nn.Module) -> bool:

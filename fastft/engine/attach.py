@@ -9,14 +9,20 @@ import copy
 import sys
 from collections.abc import Callable, Mapping
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 STATE = "_fastft"
 """The attribute under which a patched module keeps its `ModuleState`."""
 _METHODS = "_fastft_methods"
-"""The names of the methods that stand on the module, with what stood there before."""
+"""The methods that stand on the module, by name."""
+
+
+class _Attached(NamedTuple):
+    function: Callable[..., Any]
+    before: Any
+    """What stood there, in the module's own `__dict__`."""
 
 
 def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], **more: Any) -> None:
@@ -26,12 +32,12 @@ def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], **more:
         "__getstate__": _getstate,
         "_replicate_for_data_parallel": _replicate,
     }
-    before = dict(module.__dict__.get(_METHODS, {}))
+    attached = dict(module.__dict__.get(_METHODS, {}))
     for name, function in own.items():
-        if name not in before:
-            before[name] = module.__dict__.get(name)
+        before = attached[name].before if name in attached else module.__dict__.get(name)
+        attached[name] = _Attached(function, before)
         module.__dict__[name] = MethodType(function, module)
-    module.__dict__[_METHODS] = before
+    module.__dict__[_METHODS] = attached
     module.__dict__.update(more)
 
 
@@ -49,13 +55,12 @@ def is_ours(module: nn.Module, function: Callable[..., Any]) -> bool:
 
 def _strip(attributes: dict[str, Any]) -> None:
     """Remove from `attributes`, a module's or a copy of them, what was attached to it."""
-    for name, before in attributes.pop(_METHODS, {}).items():
-        current = attributes.get(name)
-        if isinstance(current, MethodType) and current.__func__.__module__.startswith("fastft."):
-            if before is None:
+    for name, attached in attributes.pop(_METHODS, {}).items():
+        if getattr(attributes.get(name), "__func__", None) is attached.function:
+            if attached.before is None:
                 del attributes[name]
             else:
-                attributes[name] = before
+                attributes[name] = attached.before
     for name in [name for name in attributes if name.startswith("_fastft")]:
         del attributes[name]
 

@@ -19,7 +19,7 @@ from fastft.adapters.lora import has_hooks
 from fastft.engine import inputs
 from fastft.engine.aside import Aside
 from fastft.engine.attach import STATE, is_ours
-from fastft.engine.context import context_of, why_other_kernel
+from fastft.engine.context import context_of, why_other_kernel, writes_out
 from fastft.engine.deferred import DeferredCache, Rest
 from fastft.engine.forwards import layer_forward
 from fastft.engine.host_embedding import keep_on_host
@@ -41,7 +41,7 @@ from fastft.engine.state import (
     state_of,
     why_not_differentiated,
 )
-from fastft.engine.support import why_sharded
+from fastft.engine.support import ADDS_BOOLEANS, FP64_MASKS, adds_booleans, is_capturing, why_sharded
 from fastft.kernels.attention.library import Seen
 from fastft.kernels.attention.seen import documents_of
 from fastft.models.kv_cache import KV_CACHE
@@ -49,8 +49,12 @@ from fastft.plan import Policy
 
 HEAD = "lm_head"
 """The ledger's name of head and loss."""
-_UNSEEN = {"num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+_UNSEEN = {"num_items_in_batch", "ignore_index", "shift_labels", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 """Keywords that reach stock's layers and change nothing there."""
+
+
+_READ_AROUND = {"debug_io", "prune_layers", "labels", "logits_to_keep"}
+"""Keywords that stock's decorators around the backbone read, or that its caller should have."""
 
 
 class Stacked(NamedTuple):
@@ -123,9 +127,11 @@ def run_straight(
     if reason is not None:
         return reason
     layers, norm = layers_and_norm(backbone, spec)
-    reason = reading.why_no_stack or next(filter(None, reading.reasons), None) or _why_wrapped(layers, norm)
+    reason = reading.why_no_stack or next(filter(None, reading.reasons), None) or _why_wrapped(layers, settings)
     if reason is None and reading.stack is None:
         reason = "it has no layers"
+    if reason is None and reading.shares_layers and inputs.builds_cache(backbone, given):
+        reason = "layers share a place in the key/value cache"
     if reason is None and settings.inputs_differ is None:
         settings.inputs_differ = inputs.differ_from_stocks(backbone, settings, layers)
     if reason is not None or settings.inputs_differ:
@@ -136,12 +142,16 @@ def run_straight(
     weight = reading.stack.parts[0].input_norm.weight_D
     if not compute_dtype(hidden) == weight.dtype == hidden.dtype or hidden.device != weight.device:
         return f"it computes in {compute_dtype(hidden)} on {weight.dtype} weights, from {hidden.dtype} on {hidden.device}"
+    if given.get("attention_mask") is not None and hidden.dtype == torch.float64 and writes_out(layers[0], spec):
+        return FP64_MASKS
     if has_hooks(norm) or not is_ours(norm, norm_forward):
         targets = None  # somebody sees what goes into it
     run = _Run(settings, reading.stack, gathered, layers)
     y_BSD, rows_R = _masked(backbone, run, given, targets)
     keeps_rest = rows_R is not None or gathered.builds_cache
-    rest = _rest(backbone, settings, given) if keeps_rest else None
+    # Who asked for the cache, or reads the logits of a batch with padding, may do so after the optimizer's step.
+    keep = rows_R is not None or bool(given.get("use_cache"))
+    rest = _rest(backbone, settings, given, keep=keep) if keeps_rest else None
     cache = None
     if gathered.builds_cache:
         assert rest is not None
@@ -162,6 +172,7 @@ def _run_loop(
     late = (
         reading.is_fresh
         and reading.quiet
+        and not reading.shares_layers
         and any(parts is not None for parts in reading.parts)
         and given.get(KV_CACHE) is None
         and inputs.builds_cache(backbone, given)
@@ -171,7 +182,7 @@ def _run_loop(
     )
     if not late:
         return call_original(backbone, args, kwargs)
-    rest = _rest(backbone, settings, given)
+    rest = _rest(backbone, settings, given, keep=bool(given.get("use_cache")))
     output = call_original(backbone, (), {**given, "use_cache": False})
     first = next(iter(output))
     values = {first: output[first], KV_CACHE: DeferredCache(lambda: rest("Keys and values")[KV_CACHE])}
@@ -188,6 +199,8 @@ def why_not_gathered(backbone: nn.Module, given: dict[str, Any]) -> str | None:
         return "a key/value cache is in use"
     if (ids is None) == (embeds is None) or (ids if embeds is None else embeds).dim() != (2 if embeds is None else 3):  # type: ignore[union-attr]
         return "it needs input_ids or inputs_embeds of one row a sequence"
+    if is_capturing():
+        return "hidden states are asked for"
     for name in ("output_hidden_states", "output_attentions"):
         asked = given.get(name)
         if getattr(config, name, False) if asked is None else asked is not False:
@@ -196,14 +209,20 @@ def why_not_gathered(backbone: nn.Module, given: dict[str, Any]) -> str | None:
         return "a tuple is asked for"
     if given.get("is_causal") not in (None, True):
         return "attention was given is_causal"
-    for name, value in given.items():
-        if value is not None and name not in inputs.NAMES and name not in _UNSEEN:
-            return f"it was given {name}"
+    others = [name for name, value in given.items() if value is not None and name not in inputs.NAMES | _UNSEEN]
+    if others:
+        spec = state_of(backbone).settings.spec
+        read = inputs.read_by_layer(layers_and_norm(backbone, spec)[0][0], spec) | _READ_AROUND
+        for name in others:
+            if name in read or (name.startswith("output_") and given[name] is not False):
+                return f"it was given {name}"
     B, S = (ids if embeds is None else embeds).shape[:2]  # type: ignore[union-attr]
     if S == 0 or B == 0:
         return "the batch is empty"
     if mask is not None and not (isinstance(mask, torch.Tensor) and _fits(mask, B, S)):
         return f"the attention mask is a {type(mask).__name__} of another kind than B × S or B × 1 × S × S"
+    if mask is not None and mask.dim() == 4 and adds_booleans(config, mask):
+        return ADDS_BOOLEANS
     if positions is not None and (positions.dim() != 2 or positions.shape[1] != S or positions.shape[0] not in (1, B)):
         return f"positions have the shape {tuple(positions.shape)}"
     return None
@@ -225,10 +244,12 @@ def _fits(mask: torch.Tensor, B: int, S: int) -> bool:
     return mask.dim() == 4 and mask.shape[0] in (1, B) and tuple(mask.shape[1:]) == (1, S, S)
 
 
-def _why_wrapped(layers: list[nn.Module], norm: nn.Module) -> str | None:
+def _why_wrapped(layers: list[nn.Module], settings: EngineSettings) -> str | None:
     for index, layer in enumerate(layers):
         if not is_ours(layer, layer_forward) or state_of(layer).replaced:
             return f"the forward of layer {index} was replaced"
+        if state_of(layer).settings is not settings:
+            return f"layer {index} is another model's"
     return None
 
 
@@ -238,6 +259,7 @@ class _Run:
     def __init__(self, settings: EngineSettings, stack: Stack, gathered: Inputs, layers: list[nn.Module]) -> None:
         self.settings, self.gathered = settings, gathered
         self.stack = stack
+        self._writes_out = writes_out(layers[0], settings.spec)
         self._policies: list[Policy] = [policy_of(layer) for layer in layers]
         hidden = gathered.hidden_BSD
         self._parts, self._bank = stack.prepare(hidden.dtype)
@@ -265,7 +287,8 @@ class _Run:
             if key not in contexts:
                 starts_N, longest = documents or (None, 0)
                 mask = None if masks is None else masks(kind)
-                seen = Seen(mask, kind.window, parts.softcap, starts_N, longest)
+                written_out = mask is not None and self._writes_out
+                seen = Seen(mask, kind.window, parts.softcap, starts_N, longest, written_out)
                 contexts[key] = context_of(settings, hidden, seen, self.gathered.angles[kind.rotary], parts.head_dim, rows_R)
             context = contexts[key]
             note = why_other_kernel(settings, context)
@@ -331,7 +354,7 @@ def _documents(run: _Run, given: dict[str, Any]) -> torch.Tensor:
     return run(documents=documents_of(position_ids_BS))
 
 
-def _rest(backbone: nn.Module, settings: EngineSettings, given: dict[str, Any]) -> Rest:
+def _rest(backbone: nn.Module, settings: EngineSettings, given: dict[str, Any], *, keep: bool) -> Rest:
     """Stock's backbone on the same arguments."""
 
     def call() -> Any:
@@ -343,4 +366,4 @@ def _rest(backbone: nn.Module, settings: EngineSettings, given: dict[str, Any]) 
         adapters: list[torch.Tensor] = list(stack.bank.parameters)
     else:
         adapters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-    return Rest(call, adapters, lambda: settings.reading.count)
+    return Rest(call, adapters, lambda: settings.reading.count, keep=keep)

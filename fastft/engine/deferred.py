@@ -5,6 +5,7 @@ The output stays Hugging Face's own class, a mapping like any other; only its va
 Legend: B batch, S sequence, D model, V vocabulary.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -32,25 +33,66 @@ _CHANGED = (
 class Rest:
     """The same call by stock's own code, for what the fused forward left out."""
 
-    def __init__(self, call: Callable[[], Any], parameters: Iterable[torch.Tensor], version: Callable[[], int]) -> None:
-        """`parameters` and `version` are what the call's result depends on."""
+    def __init__(
+        self,
+        call: Callable[[], Any],
+        parameters: Iterable[torch.Tensor],
+        version: Callable[[], int],
+        *,
+        keep: bool = False,
+    ) -> None:
+        """`parameters` and `version` are what the call's result depends on.
+
+        With `keep`, an optimizer's step that comes while this lives leaves the parameters' values for it.
+        """
         self._call, self._version = call, version
         self._parameters = list(parameters)
         self._state = self._now()
+        self._kept: list[torch.Tensor] | None = None
+        if keep:
+            _waiting.add(self)
 
     def __call__(self, what: str) -> Any:
-        """Stock's output, with its graph.
+        """Stock's output, with its graph; without one, as stock's could not be used any more, after a step.
 
         Raises:
-            RuntimeError: something has changed since the forward.
+            RuntimeError: something else has changed since the forward.
         """
-        if self._now() != self._state:
+        if self._now() == self._state:
+            with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
+                return self._call()
+        if self._kept is None or self._version() != self._state[0]:
             raise RuntimeError(_CHANGED.format(what=what))
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
-            return self._call()
+        now = [parameter.detach().clone() for parameter in self._parameters]
+        # Through `data`, whose changes a graph that is waiting for its backward does not count.
+        try:
+            self._put(self._kept)
+            with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
+                return self._call()
+        finally:
+            self._put(now)
+
+    def keep(self) -> None:
+        """Keep the parameters' values, if they are still those of the forward."""
+        if self._kept is None and self._now() == self._state:
+            self._kept = [parameter.detach().clone() for parameter in self._parameters]
+
+    def _put(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.data.copy_(value)
 
     def _now(self) -> tuple[int, list[int]]:
         return self._version(), [parameter._version for parameter in self._parameters]
+
+
+_waiting: "weakref.WeakSet[Rest]" = weakref.WeakSet()
+
+
+def keep_what_waits() -> None:
+    """Before an optimizer's step: keep for every output that lives what its rest depends on."""
+    for rest in list(_waiting):
+        rest.keep()
+    _waiting.clear()
 
 
 class _Source:

@@ -3,6 +3,7 @@
 The whole stack at once is `backbone.py`.
 """
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastft.engine.attach import STATE
-from fastft.engine.context import context_of, why_other_kernel
-from fastft.engine.inputs import Captured
+from fastft.engine.context import context_of, why_other_kernel, writes_out
+from fastft.engine.inputs import Captured, read_by_layer
 from fastft.engine.parts import LayerCall, LayerParts, read_parts
 from fastft.engine.runs import Run
 from fastft.engine.stack import run_layers
@@ -23,16 +24,17 @@ from fastft.engine.state import (
     policy_of,
     why_not_differentiated,
 )
-from fastft.engine.support import why_no_layer
+from fastft.engine.support import ADDS_BOOLEANS, FP64_MASKS, adds_booleans, why_no_layer
 from fastft.kernels.attention.library import Seen
 from fastft.models.kv_cache import KV_CACHE
 from fastft.plan import keeps_input_only
 
 _READ = {"hidden_states", "attention_mask", "position_embeddings"}
 _IGNORED = {
-    "position_ids", "use_cache", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+    "position_ids", "use_cache", "num_items_in_batch", "ignore_index", "shift_labels", "cu_seq_lens_q", "cu_seq_lens_k",
+    "max_length_q", "max_length_k", "is_causal", "output_attentions", "output_hidden_states", "hidden_states",
 }  # fmt: skip
-"""Arguments that change nothing in a layer of a known family."""
+"""Arguments that change nothing in a layer of a known family, or are asked for by name."""
 
 
 def layer_forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +68,9 @@ def _fused(
     layer: nn.Module, state: ModuleState, parts: LayerParts, hidden_BSD: torch.Tensor, kwargs: dict[str, Any]
 ) -> torch.Tensor:
     settings = state.settings
-    seen = Seen(kwargs.get("attention_mask"), parts.window, parts.softcap)
+    mask = kwargs.get("attention_mask")
+    written_out = mask is not None and writes_out(layer, settings.spec)
+    seen = Seen(mask, parts.window, parts.softcap, written_out=written_out)
     context = context_of(settings, hidden_BSD, seen, kwargs["position_embeddings"], parts.head_dim)
     other = why_other_kernel(settings, context)
     if other is not None:
@@ -108,25 +112,31 @@ def _why_not_now(
 ) -> str | None:
     if args:
         return "it was given more than hidden states by position"
+    if kwargs.get("output_attentions"):
+        return "attention weights are asked for"
     if kwargs.get(KV_CACHE) is not None or kwargs.get("layer_past") is not None:
         return "a key/value cache is in use"
     angles = kwargs.get("position_embeddings")
     if angles is None:
         return "no position embeddings were passed"
-    if kwargs.get("output_attentions"):
-        return "attention weights are asked for"
     if kwargs.get("is_causal") not in (None, True):
         return "attention was given is_causal"
-    for name, value in kwargs.items():
-        known = name in _READ or name in _IGNORED or name in ("is_causal", "output_attentions", "output_hidden_states")
-        if value is not None and not known:
-            return f"it was given {name}"
+    others = [name for name, value in kwargs.items() if value is not None and name not in _READ | _IGNORED]
+    if others:
+        read = read_by_layer(layer, settings.spec)
+        for name in others:
+            if name in read:
+                return f"it was given {name}"
     B, S, _ = hidden.shape
     mask = kwargs.get("attention_mask")
     if mask is not None and not (
         isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[0] in (1, B) and mask.shape[1:] == (1, S, S)
     ):
         return f"the attention mask is a {type(mask).__name__} of another kind than B × 1 × S × S"
+    if mask is not None and hidden.dtype == torch.float64 and writes_out(layer, settings.spec):
+        return FP64_MASKS
+    if mask is not None and adds_booleans(attrgetter(settings.spec.attention)(layer).config, mask):
+        return ADDS_BOOLEANS
     if any(t.shape[0] not in (1, B) or t.shape[-2] != S for t in angles):
         return "positions have another shape than the hidden states"
     # A variant of the family may have other norms; then `why_no_layer` has the reason.

@@ -28,6 +28,9 @@ from fastft.models.identity import why_other_class
 from fastft.models.kv_cache import KV_CACHE
 from fastft.models.spec import LayerSpec
 
+_STOCKS_CALL = ("input_ids", "attention_mask", "position_ids", KV_CACHE, "inputs_embeds", "use_cache")
+
+
 @functools.cache
 def causal_lm_forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
     """The `forward` for models of this class.  It has their own's signature, by which trainers choose columns."""
@@ -39,7 +42,6 @@ def causal_lm_forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
             return call_original(self, args, kwargs)
         return _causal_lm(self, state, args, kwargs)
 
-    causal_lm_forward.__module__ = __name__  # by which `detach` knows it
     return causal_lm_forward
 
 
@@ -78,7 +80,9 @@ def _together(model: nn.Module, settings: EngineSettings, given: dict[str, Any])
         hidden, cache, more = stacked.hidden_BSD, stacked.cache, {}
     else:
         with settings.head_decided():
-            outputs = backbone(**given)
+            # As stock's forward calls it, for whoever looks.
+            named = {name: given.pop(name, None) for name in _STOCKS_CALL}
+            outputs = backbone(**named, **given)
         hidden, cache = outputs.last_hidden_state, outputs.get(KV_CACHE)
         more = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]

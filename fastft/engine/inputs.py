@@ -9,6 +9,7 @@ Legend: B batch, S sequence, D model, d head size.
 import functools
 import inspect
 import sys
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from fastft.engine.parts import window_of
 from fastft.engine.reading import layers_and_norm
 from fastft.engine.state import EngineSettings, call_original
 from fastft.kernels.attention.seen import Seen, documents_of, mask_of
+from fastft.models.identity import attention_function
 from fastft.models.kv_cache import KV_CACHE
 from fastft.models.spec import LayerSpec
 
@@ -28,6 +30,24 @@ NAMES = frozenset(
     }
 )  # fmt: skip
 """Arguments of a backbone that the engine knows."""
+
+
+@functools.cache
+def _parameters(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+@functools.cache
+def _words(function: Any) -> frozenset[str]:
+    """The strings in a function, names of keywords that it looks for among them."""
+    return frozenset(constant for constant in inspect.unwrap(function).__code__.co_consts if isinstance(constant, str))
+
+
+def read_by_layer(layer: nn.Module, spec: LayerSpec) -> frozenset[str]:
+    """Names of the arguments that a layer, its attention, or what that calls takes; all others are passed on unread."""
+    function = attention_function(spec, attrgetter(spec.attention)(layer).config)
+    named = _parameters(type(layer).forward) | _parameters(type(attrgetter(spec.attention)(layer)).forward)
+    return named if function is None else named | _parameters(function) | _words(function)
 
 
 class LayerKind(NamedTuple):

@@ -20,6 +20,7 @@ from fastft.engine.attach import STATE
 from fastft.engine.state import ModuleState, call_original, compute_dtype, why_not_differentiated
 from fastft.engine.watch import Watch, has_global_hooks
 from fastft.kernels.lora_linear.reference import lora_linear, lora_linear_backward
+from fastft.models.identity import why_no_linear
 from fastft.models.quantized import is_packed_for_cpu, is_quantized
 
 
@@ -154,6 +155,8 @@ def _why_not_now(
             return f"it was given {', '.join(given) or 'more than its input'}"
     if linear is None:
         return None
+    if why_no_linear() is not None:
+        return why_no_linear()
     if has_global_hooks():
         return "hooks on all modules are registered"
     if is_quantized(linear.module):

@@ -36,7 +36,6 @@ def deferring_forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
             return call_original(self, args, kwargs)
         return _deferring(self, state, args, kwargs)
 
-    forward.__module__ = __name__  # by which `detach` knows it
     return forward
 
 

@@ -21,6 +21,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fastft.engine.bank import ALIGNMENT, AdapterBank, bank_of
+from fastft.engine.deferred import keep_what_waits
 
 _Parameters = list[torch.nn.Parameter]
 
@@ -76,6 +77,7 @@ def uninstall() -> None:
 
 
 def _before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    keep_what_waits()
     # args[0] is the optimizer; accelerate names no closure by giving None.
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if closure is not None or not _is_plain_adam(optimizer):

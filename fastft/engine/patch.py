@@ -171,12 +171,12 @@ def patch_model(
     for part in parts:
         # Those of a fused layer count only if it runs stock one day; they note themselves then.
         layer, inside = ".".join(part.name.split(".")[:2]), part.name.startswith(f"{spec.layers}.")
-        if not inside or ledger.paths[layer].path == "stock":
+        if not inside or layer not in ledger.paths or ledger.paths[layer].path == "stock":
             note_part(ledger, part, ops.name)
 
     _install(causal_lm, causal_lm_forward_of(type(causal_lm)), ModuleState(settings, "lm_head"))
     _install(backbone, backbone_forward, ModuleState(settings, "backbone"))
-    for index, layer in enumerate(layers):
+    for layer, index in {layer: index for index, layer in reversed(list(enumerate(layers)))}.items():
         _install(layer, layer_forward, ModuleState(settings, f"{spec.layers}.{index}", index))
     _install(final_norm, norm_forward, ModuleState(settings, spec.final_norm))
     _install_parts(parts)
@@ -229,6 +229,7 @@ def _patch_parts_only(
     has_head = isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
     if has_head:
         _note(ledger, "lm_head", "head_and_loss", ops.name, why_replaced(model) or why_not_together(model))
+    log.info("%s runs part by part, because %s", type(model).__name__, unspecified)
     for name, _ in decoder_layers(model):
         ledger.beyond(name, "decoder_layer", unspecified)
     parts = list(find_parts(model, settings))

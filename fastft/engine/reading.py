@@ -1,7 +1,7 @@
 """What the engine read of a model's decoder layers, for as long as nothing about them changes."""
 
 from collections.abc import Sequence
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -61,6 +61,8 @@ class ModelReading:
         self._watch: Watch | None = None
         self._around: tuple[Any, ...] = ()
         """What counts beside the modules."""
+        self._modules: list[Any] = []
+        """Those that were read, from the top."""
         self._resident = ResidentWeights()
         self.parts: list[LayerParts | None] = []
         """Of each layer; None where it cannot run fused."""
@@ -74,6 +76,8 @@ class ModelReading:
         """Whether the last attention mask that was looked at could be left out."""
         self.may_drop = False
         """Whether an adapter in them drops elements of its input in training."""
+        self.shares_layers = False
+        """Whether two of them have one place in a key/value cache, where the second sees what the first put there."""
         self.quiet = False
         """Whether no module in them has a hook."""
         self.count = 0
@@ -87,8 +91,12 @@ class ModelReading:
 
     def refresh(self, backbone: nn.Module, spec: LayerSpec, resident_layers: int = 0) -> None:
         """Look at the layers again if anything about them changed."""
-        around = attention_function(spec, backbone.config), has_global_hooks(), resident_layers
-        if self._watch is None or around != self._around or not self._watch.unchanged():
+        around = attention_function(spec, backbone.config), has_global_hooks(), resident_layers, type(backbone)
+        layers, norm = layers_and_norm(backbone, spec)
+        modules = [*layers, norm, getattr(backbone, spec.rotary_embedding, None)]
+        replaced = len(modules) != len(self._modules) or not all(map(is_, modules, self._modules))
+        if self._watch is None or replaced or around != self._around or not self._watch.unchanged():
+            self._modules = modules
             self._around = around
             self._read(backbone, spec, resident_layers)
         self.is_fresh = True
@@ -101,6 +109,8 @@ class ModelReading:
         bound = [*called_functions(spec), (type(backbone), "forward", type(backbone).forward)]
         self._watch = Watch([*layers, *around], bound, config)
         self.quiet = self._watch.quiet
+        places = [getattr(attrgetter(spec.attention)(x), "layer_idx", None) if _has(x, spec) else None for x in layers]
+        self.shares_layers = len(set(places)) < len(places)
         self.may_drop = any(isinstance(m, nn.Dropout) and m.p > 0 for layer in layers for m in layer.modules())
         self.why_no_stack = why_no_stack(backbone, layers, spec)
         self.reasons = [why_no_layer(layer, spec, index) for index, layer in enumerate(layers)]
@@ -114,6 +124,10 @@ class ModelReading:
         # A second bank would hold every adapter twice.
         self.stack = Stack(whole, bank) if whole and len(whole) == len(layers) else None
         self.count += 1
+
+
+def _has(layer: nn.Module, spec: LayerSpec) -> bool:
+    return isinstance(getattr(layer, spec.attention, None), nn.Module)
 
 
 def layers_and_norm(backbone: nn.Module, spec: LayerSpec) -> tuple[list[nn.Module], nn.Module]:

@@ -18,6 +18,8 @@ from fastft.engine.reading import ModelReading
 from fastft.models.spec import LayerSpec
 from fastft.plan import Choices, Policy
 
+_C: Any = torch._C
+_TRACING_MODES = tuple(getattr(_C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
 REPLACED = "its forward was replaced"
 _SIZE_STEP = 64
 
@@ -186,9 +188,7 @@ def why_not_differentiated() -> str | None:
         return "torch.func transforms it"
     if forward_ad._current_level >= 0:
         return "forward-mode automatic differentiation is on"
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return "a TorchDispatchMode is on"
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing() or torch.compiler.is_exporting() or any(map(_C._get_dispatch_mode, _TRACING_MODES)):
         return "the model is being traced"
     return None
 
@@ -196,6 +196,6 @@ def why_not_differentiated() -> str | None:
 def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
     """What a linear layer computes in on these activations: autocast's dtype, or theirs."""
     device = hidden_states.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64:  # which autocast leaves alone
         return torch.get_autocast_dtype(device)
     return hidden_states.dtype

@@ -4,12 +4,16 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+import transformers.utils.output_capturing as output_capturing
 from torch import nn
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
 
 from fastft.adapters.lora import has_hooks, why_called, why_not_fused
 from fastft.models.identity import (
     is_own,
+    why_no_linear,
     why_called_otherwise,
     why_other_attention,
     why_other_class,
@@ -18,8 +22,20 @@ from fastft.models.identity import (
 from fastft.engine.watch import has_global_hooks
 from fastft.models.spec import ACTIVATIONS, LayerSpec
 
+ADDS_BOOLEANS = "stock's eager attention adds a boolean mask to the scores"
+FP64_MASKS = "stock's eager attention overflows under an fp64 mask"
 NO_LABELS = "no labels were given"
 GLOBAL_HOOKS = "hooks on all modules are registered"
+
+
+def adds_booleans(config: Any, mask: torch.Tensor) -> bool:
+    """Whether stock would add ones to the scores where a mask means to hide: what eager attention makes of booleans."""
+    return mask.dtype == torch.bool and config._attn_implementation == "eager"
+
+
+def is_capturing() -> bool:
+    """Whether transformers' hooks collect what layers give, for this model or one around it."""
+    return bool(output_capturing._active_collector.get())
 
 
 def why_no_stack(backbone: nn.Module, layers: Sequence[nn.Module], spec: LayerSpec) -> str | None:
@@ -33,6 +49,8 @@ def why_no_stack(backbone: nn.Module, layers: Sequence[nn.Module], spec: LayerSp
     reason = why_other_class(rotary, spec.module, spec.rotary_class) or _why_replaced(rotary)
     if reason is not None:
         return reason
+    if has_hooks(rotary):
+        return f"{type(rotary).__name__} has hooks"
     if has_global_hooks():
         return GLOBAL_HOOKS
     for index, layer in enumerate(layers):
@@ -123,6 +141,8 @@ def why_no_norm(norm: nn.Module, spec: LayerSpec) -> str | None:
 
 def why_no_loss(model: Any) -> str | None:
     """Why this model's loss is not the cross-entropy that the engine computes, or None where it is."""
+    if not is_own(F.cross_entropy) or not is_own(fixed_cross_entropy):
+        return "the cross-entropy that it calls was replaced"
     if model.loss_function is not ForCausalLMLoss or not is_own(ForCausalLMLoss):
         return f"its loss function is {getattr(model.loss_function, '__name__', model.loss_function)}"
     return None
@@ -134,8 +154,8 @@ def why_no_head(head: nn.Module | None) -> str | None:
         return "the model has no output embeddings"
     if type(head) is not nn.Linear:
         return f"the head is {type(head).__module__}.{type(head).__name__}, not a plain linear layer"
-    if not is_own(nn.Linear.forward):
-        return "nn.Linear has another forward"
+    if why_no_linear() is not None:
+        return why_no_linear()
     if head.weight.requires_grad:
         return "the head is trained"
     if head.bias is not None:

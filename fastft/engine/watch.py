@@ -14,6 +14,7 @@ import torch.nn.modules.module as torch_module
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from fastft.adapters.lora import has_hooks
 from fastft.models.identity import Bound
 
 _requires_grad = attrgetter("requires_grad")
@@ -66,8 +67,8 @@ class Watch:
         self._readers = [(read, holder) for holder in holders if (read := _constants_of(holder)) is not None]
         self._constants = self._now_constants()
         self._hooked = self._now_hooked()
-        self.quiet = not self._hooked
-        """Whether none of the modules has a hook."""
+        self.quiet = not any(map(has_hooks, called))
+        """Whether none of the modules has a hook that anybody hears of."""
 
     def unchanged(self) -> bool:
         """Whether everything is still as it was."""
@@ -95,7 +96,8 @@ class Watch:
         return list(chain.from_iterable(map(dict.values, self._registries)))
 
     def _now_constants(self) -> list[Any]:
-        return [read(holder) for read, holder in self._readers]
+        # The number of attributes too: a new one may stand before what the class has.
+        return [(len(holder), read(holder)) for read, holder in self._readers]
 
     def _now_flags(self) -> list[Any]:
         flags: list[Any] = []

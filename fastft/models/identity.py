@@ -67,6 +67,13 @@ def why_called_otherwise(kind: type[nn.Module]) -> str | None:
     return None
 
 
+def why_no_linear() -> str | None:
+    """Why a linear layer's call would not be PyTorch's matrix product, or None."""
+    if not is_own(nn.Linear.forward):
+        return "nn.Linear has another forward"
+    return None if F.linear is torch._C._nn.linear else "torch.nn.functional.linear was replaced"
+
+
 def called_functions(spec: LayerSpec) -> Iterator[Bound]:
     """The functions that a family's `forward`s call by a global name, with what stands there now."""
     module = sys.modules[spec.module]

@@ -71,14 +71,12 @@ def test_checkpointing_outlives_the_patch(toy, batch_of, step, error_of):
 
 
 @pytest.mark.parametrize("placement", ["keep", ["light", "full", "keep"]], ids=str)
-def test_a_placement_that_was_chosen_stays(placement, toy, caplog):
+def test_a_placement_that_was_chosen_stays(placement, toy):
     model = toy()
     patch_model(model, backend="eager", placement=placement)
     wanted = placement_of(model)
-    with caplog.at_level(logging.INFO, logger="fastft"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     assert placement_of(model) == wanted
-    assert "gradient checkpointing stays as placed" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["full", "offload", "enabled", "enabled before"])

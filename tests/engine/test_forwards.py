@@ -229,7 +229,8 @@ def test_an_error_of_layers_that_changed_is_not_the_users(toy, batch_of, step, e
     assert error_of(gradients, expected) < TOLERANCE
 
 
-def test_the_mask_of_right_padding_is_dropped_and_others_stay(toy, batch_of):
+def test_who_looks_at_a_layer_sees_stocks_masks(toy, batch_of):
+    """Packed documents have none: stock builds a cache, and then tells no documents apart."""
     model = toy()
     patch_model(model, backend="eager")
     seen = []
@@ -237,7 +238,7 @@ def test_the_mask_of_right_padding_is_dropped_and_others_stay(toy, batch_of):
     layer.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
     for form in ("none", "right", "left", "packed"):
         model(**on_device(model, batch_of(form)))
-    assert [mask is None for mask in seen] == [True, True, False, False]
+    assert [mask is None for mask in seen] == [True, False, False, True]
 
 
 # Accumulation and the loss
@@ -431,8 +432,23 @@ def test_the_cache_of_a_training_forward_is_made_when_it_is_read(asked, toy, bat
         torch.testing.assert_close(made.values, wanted.values, rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_of_old_adapters_is_an_error(toy, batch_of):
-    """Stock keeps what it was; to make it again from other adapters would be wrong without a word."""
+def test_what_is_read_after_a_step_is_what_it_was(toy, batch_of):
+    """A metric of the logits, say, which stock's output still has."""
+    model = toy()
+    batch = on_device(model, batch_of("right"))
+    expected = model(**batch, use_cache=True)
+    patch_model(model, backend="eager")
+    output = model(**batch, use_cache=True)
+    output.loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    torch.testing.assert_close(output.logits + 0, expected.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output[KV_CACHE].layers[1].keys, expected[KV_CACHE].layers[1].keys, rtol=1e-4, atol=1e-5)
+    fresh = model(**batch).logits
+    assert not torch.allclose(fresh, expected.logits, rtol=1e-2), "and the step is still there"
+
+
+def test_what_an_unseen_change_made_impossible_is_an_error(toy, batch_of):
+    """To make it from other adapters would be wrong without a word."""
     model = toy()
     patch_model(model, backend="eager")
     output = model(**on_device(model, batch_of("right")))

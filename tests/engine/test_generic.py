@@ -323,7 +323,7 @@ def test_adalora_and_other_methods_stay_stock(unknown, batch_of, step, error_of)
         (peft.AdaLoraConfig(init_r=4, total_step=10, target_modules=_QKVO, task_type="CAUSAL_LM"),
          "linear", "SVDLinear of PEFT's method adalora is not plain LoRA"),
         (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
-         "linear", "Linear is not LoRA"),
+         "linear", "Linear of PEFT's method ia3 is not LoRA"),
     ):  # fmt: skip
         results = []
         for patched in (False, True):

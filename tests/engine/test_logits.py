@@ -232,7 +232,7 @@ def test_metadata_and_casts_compute_nothing(deferred):
     assert wide.dtype == torch.float32
     assert logits.is_pending
     assert wide.is_pending
-    assert repr(logits) == repr(expected)
+    assert repr(logits).partition("grad_fn")[0] == repr(expected).partition("grad_fn")[0]
     assert not logits.is_pending
 
 

@@ -75,10 +75,9 @@ SIZES = {
 """Of the tiles of so many rows, by chunk."""
 
 
-def rows_of(batch: dict[str, Tensor], family: str) -> int:
-    """How many rows the layers run on: falcon's backbone does not tell them which ones are padding."""
-    leaves_out = "attention_mask" in batch and family != "falcon"
-    return int(batch["attention_mask"].sum()) if leaves_out else batch["input_ids"].numel()
+def rows_of(batch: dict[str, Tensor]) -> int:
+    """How many rows the layers run on."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
 
 
 @pytest.mark.usefixtures("narrow_tiles")
@@ -91,11 +90,11 @@ def test_gradients_equal_those_of_the_whole(family, policy, form, chunk, toy, ba
     model = make(toy, family)
     patch_model(model, backend="eager", placement=policy)
     loss, gradients = step(model, batch)
-    assert tiles == [[rows_of(batch, family)]] * 6
+    assert tiles == [[rows_of(batch)]] * 6
     tiles.clear()
     patch_model(model, backend="eager", placement=policy, mlp_chunk_tokens=chunk)
     tiled_loss, tiled = step(model, batch)
-    assert tiles == [SIZES[rows_of(batch, family), chunk]] * 6
+    assert tiles == [SIZES[rows_of(batch), chunk]] * 6
     assert tiled_loss == pytest.approx(loss, rel=1e-6)
     assert error_of(tiled, gradients) < TOLERANCE
 
@@ -111,7 +110,7 @@ def test_gradients_of_the_triton_backend_equal_those_of_the_whole(family, policy
     tiles.clear()
     patch_model(model, backend="triton", placement=policy, mlp_chunk_tokens=8)
     tiled_loss, tiled = step(model, batch)
-    assert tiles == [SIZES[rows_of(batch, family), 8]] * 6
+    assert tiles == [SIZES[rows_of(batch), 8]] * 6
     assert tiled_loss == pytest.approx(loss, rel=1e-6)
     assert error_of(tiled, gradients) < TOLERANCE
 
@@ -322,7 +321,7 @@ def context_of(tokens: int, device: torch.device) -> StepContext:
     ],
 )
 def test_tiles_are_even_and_whole_steps(rows, chunk, sizes, toy, device):
-    parts = read_parts(toy().get_base_model().model.layers[0], SPECS["llama"])
+    parts = read_parts(toy().get_base_model().model.layers[0], SPECS["llama"], 0)
     call = LayerCall(load_backend("eager"), parts, context_of(8, device), "full", 0, chunk)
     made = engine_tiles.tiles_of(rows, call)
     assert [tile.stop - tile.start for tile in made] == sizes
@@ -360,7 +359,7 @@ def test_the_tiles_may_depend_on_the_batch(toy, batch_of, step, tiles):
 
 
 def test_other_tiles_need_another_recording(toy, device):
-    parts = read_parts(toy().get_base_model().model.layers[0], SPECS["llama"])
+    parts = read_parts(toy().get_base_model().model.layers[0], SPECS["llama"], 0)
     call = LayerCall(load_backend("eager"), parts, context_of(8, device), "full", 0)
     kinds = {graphs._kind(call._replace(mlp_chunk_tokens=chunk)) for chunk in (None, 64, 128)}
     assert len(kinds) == 3
@@ -371,7 +370,7 @@ def test_other_tiles_need_another_recording(toy, device):
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_the_incoming_gradient_is_left_as_it_is(backend, overwrite, toy, device):
     """`overwrite` is of what was saved."""
-    parts = read_parts(toy().get_base_model().model.layers[0], SPECS["llama"])
+    parts = read_parts(toy().get_base_model().model.layers[0], SPECS["llama"], 0)
     call = LayerCall(load_backend(backend), parts, context_of(10, device), "mlp", 0, 4)
     x_TD, dy_TD = torch.randn(2, 10, 64, device=device)
     given_TD = dy_TD.clone()

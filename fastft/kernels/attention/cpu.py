@@ -19,6 +19,7 @@ def cpu_usable(q: torch.Tensor, seen: Seen) -> bool:
         q.device.type == "cpu"
         and q.dtype in _DTYPES
         and seen.softcap is None
+        and not seen.written_out
         and (seen.mask is None or seen.mask.dim() == 4)
     )
 

@@ -149,6 +149,8 @@ def efficient_usable(q: torch.Tensor, seen: Seen) -> bool:
     """Whether the kernel can run, and train, queries like `q`."""
     if not _runs_here(q, seen, oldest=(5, 0)) or not (seen.mask is None or seen.mask.dim() == 4):
         return False
+    if seen.written_out:
+        return False
     major, _ = torch.cuda.get_device_capability(q.device)
     if q.dtype not in (torch.float16, torch.float32) and (q.dtype != torch.bfloat16 or major < 8):
         return False

@@ -33,7 +33,7 @@ def sdpa_forward(
 ) -> tuple[torch.Tensor, Saved]:
     """See `fastft.kernels.attention.library.Attention`."""
     with torch.no_grad():
-        if seen.softcap is None:
+        if seen.softcap is None and not seen.written_out:
             return _public(q, k, v, seen, scale), ()
         out = torch.empty_like(q)
         for rows, columns, mask in _chunks(q, seen):
@@ -46,7 +46,7 @@ def sdpa_backward(
     seen: Seen, scale: float,
 ) -> Gradients:  # fmt: skip
     """See `fastft.kernels.attention.library.Attention`."""
-    if seen.softcap is None:
+    if seen.softcap is None and not seen.written_out:
         q, k, v = _leaves(q, k, v)
         with torch.enable_grad():
             again = _public(q, k, v, seen, scale)
@@ -92,14 +92,16 @@ def _chunks(q: torch.Tensor, seen: Seen) -> Iterator[tuple[slice, slice, torch.T
 
 
 def _capped(
-    q_BRHd: torch.Tensor, k_BCKd: torch.Tensor, v_BCKd: torch.Tensor, mask: torch.Tensor, softcap: float, scale: float
+    q_BRHd: torch.Tensor, k_BCKd: torch.Tensor, v_BCKd: torch.Tensor, mask: torch.Tensor, softcap: float | None, scale: float
 ) -> torch.Tensor:
-    """softmax(mask(softcap · tanh(scale · q·kᵀ / softcap)))·v, rounded where transformers' eager attention rounds."""
+    """softmax(mask(softcap · tanh(scale · q·kᵀ / softcap)))·v, or without the cap, rounded where transformers' eager attention rounds."""
     R, H, K = q_BRHd.shape[1], q_BRHd.shape[2], k_BCKd.shape[2]
     # The query heads of a group become rows of one product, so that no key or value is repeated.
     q = q_BRHd.unflatten(2, (K, H // K)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     k, v = heads_first(k_BCKd, v_BCKd)
-    scores = ((q @ k.transpose(-1, -2)) * scale / softcap).tanh() * softcap
+    scores = (q @ k.transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
     scores_BKGRC = scores.unflatten(2, (H // K, R))
     if mask.dtype == torch.bool:
         # Not −∞: a query of padding that sees nothing must not become NaN.

@@ -24,6 +24,10 @@ class Seen(NamedTuple):
     longest: int = 0
     """Tokens of the longest of `documents`: a number of the host, so that a launch need not wait for the device."""
 
+    written_out: bool = False
+    """Whether the scores under `mask` are stock's own product, softmax and all: a query that an additive mask hides
+    everything from sees everything alike then, which a kernel's backward cannot tell from its logarithm of a sum."""
+
     def longest_in(self, tokens: int) -> int:
         """The longest sequence in rows of `tokens`."""
         return tokens if self.documents is None else self.longest
