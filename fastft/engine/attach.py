@@ -77,6 +77,6 @@ def _getstate(self: nn.Module) -> dict[str, Any]:
 
 def _replicate(self: nn.Module) -> Any:
     """A replica for nn.DataParallel, stock: the engine's methods would be those of the first device's module."""
-    made = type(self)._replicate_for_data_parallel(self)  # type: ignore[operator]
+    made = type(self)._replicate_for_data_parallel(self)
     _strip(made.__dict__)
     return made

@@ -49,7 +49,15 @@ from fastft.plan import Policy
 
 HEAD = "lm_head"
 """The ledger's name of head and loss."""
-_UNSEEN = {"num_items_in_batch", "ignore_index", "shift_labels", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+_UNSEEN = {
+    "num_items_in_batch",
+    "ignore_index",
+    "shift_labels",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+}
 """Keywords that reach stock's layers and change nothing there."""
 
 
@@ -141,7 +149,9 @@ def run_straight(
     hidden = gathered.hidden_BSD
     weight = reading.stack.parts[0].input_norm.weight_D
     if not compute_dtype(hidden) == weight.dtype == hidden.dtype or hidden.device != weight.device:
-        return f"it computes in {compute_dtype(hidden)} on {weight.dtype} weights, from {hidden.dtype} on {hidden.device}"
+        return (
+            f"it computes in {compute_dtype(hidden)} on {weight.dtype} weights, from {hidden.dtype} on {hidden.device}"
+        )
     if given.get("attention_mask") is not None and hidden.dtype == torch.float64 and writes_out(layers[0], spec):
         return FP64_MASKS
     if has_hooks(norm) or not is_ours(norm, norm_forward):
@@ -204,7 +214,9 @@ def why_not_gathered(backbone: nn.Module, given: dict[str, Any]) -> str | None:
     for name in ("output_hidden_states", "output_attentions"):
         asked = given.get(name)
         if getattr(config, name, False) if asked is None else asked is not False:
-            return "hidden states are asked for" if name == "output_hidden_states" else "attention weights are asked for"
+            return (
+                "hidden states are asked for" if name == "output_hidden_states" else "attention weights are asked for"
+            )
     if given.get("return_dict") is False or (given.get("return_dict") is None and not config.return_dict):
         return "a tuple is asked for"
     if given.get("is_causal") not in (None, True):
@@ -289,7 +301,9 @@ class _Run:
                 mask = None if masks is None else masks(kind)
                 written_out = mask is not None and self._writes_out
                 seen = Seen(mask, kind.window, parts.softcap, starts_N, longest, written_out)
-                contexts[key] = context_of(settings, hidden, seen, self.gathered.angles[kind.rotary], parts.head_dim, rows_R)
+                contexts[key] = context_of(
+                    settings, hidden, seen, self.gathered.angles[kind.rotary], parts.head_dim, rows_R
+                )
             context = contexts[key]
             note = why_other_kernel(settings, context)
             if note is not None:
@@ -341,7 +355,7 @@ def _documents(run: _Run, given: dict[str, Any]) -> torch.Tensor:
     position_ids, gathered = given.get("position_ids"), run.gathered
     if position_ids is None or gathered.builds_cache or not run.settings.spec.separates_documents:
         return run()
-    B, S, _ = gathered.hidden_BSD.shape
+    B = len(gathered.hidden_BSD)
     position_ids_BS = position_ids.expand(B, -1)
     guess = told_documents(given, gathered.hidden_BSD) if not run.has_dropout else None
     if guess is None:
@@ -357,6 +371,8 @@ def _documents(run: _Run, given: dict[str, Any]) -> torch.Tensor:
 def _rest(backbone: nn.Module, settings: EngineSettings, given: dict[str, Any], *, keep: bool) -> Rest:
     """Stock's backbone on the same arguments."""
 
+    device = next(iter(backbone.parameters())).device.type
+
     def call() -> Any:
         with settings.stock_only("it makes what was left out"):
             return call_original(backbone, (), given)
@@ -366,4 +382,4 @@ def _rest(backbone: nn.Module, settings: EngineSettings, given: dict[str, Any], 
         adapters: list[torch.Tensor] = list(stack.bank.parameters)
     else:
         adapters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-    return Rest(call, adapters, lambda: settings.reading.count, keep=keep)
+    return Rest(call, adapters, lambda: settings.reading.count, device, keep=keep)

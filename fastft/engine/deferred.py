@@ -30,6 +30,12 @@ _CHANGED = (
 )
 
 
+def _autocast_now(device: str) -> Callable[[], AbstractContextManager[Any]]:
+    """What makes the state of autocast what it is now."""
+    on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype=dtype, enabled=on)
+
+
 class Rest:
     """The same call by stock's own code, for what the fused forward left out."""
 
@@ -38,14 +44,16 @@ class Rest:
         call: Callable[[], Any],
         parameters: Iterable[torch.Tensor],
         version: Callable[[], int],
+        device: str,
         *,
         keep: bool = False,
     ) -> None:
-        """`parameters` and `version` are what the call's result depends on.
+        """`parameters` and `version` are what the call's result depends on, `device` the type that it computes on.
 
         With `keep`, an optimizer's step that comes while this lives leaves the parameters' values for it.
         """
         self._call, self._version = call, version
+        self._context = _autocast_now(device)
         self._parameters = list(parameters)
         self._state = self._now()
         self._kept: list[torch.Tensor] | None = None
@@ -59,7 +67,7 @@ class Rest:
             RuntimeError: something else has changed since the forward.
         """
         if self._now() == self._state:
-            with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
+            with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(), self._context():
                 return self._call()
         if self._kept is None or self._version() != self._state[0]:
             raise RuntimeError(_CHANGED.format(what=what))
@@ -67,7 +75,7 @@ class Rest:
         # Through `data`, whose changes a graph that is waiting for its backward does not count.
         try:
             self._put(self._kept)
-            with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
+            with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(), self._context():
                 return self._call()
         finally:
             self._put(now)
@@ -103,13 +111,7 @@ class _Source:
         complete: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:  # fmt: skip
         self.hidden, self.dtype, self.make, self.complete = hidden, dtype, make, complete
-        kind = hidden.device.type
-        self.autocast: Callable[[], AbstractContextManager[Any]] = lambda: torch.autocast(
-            kind, dtype=torch.get_autocast_dtype(kind), enabled=False
-        )
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            self.autocast = lambda: torch.autocast(kind, dtype=dtype)
+        self.autocast = _autocast_now(hidden.device.type)
         self._local: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def local(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,22 +133,22 @@ class Deferred(torch.Tensor):
     """A tensor (B × S × V) whose values are computed when somebody uses them; until then it has no memory."""
 
     source: _Source
-    _values: torch.Tensor | None
+    _made_values: torch.Tensor | None
 
     @property
     def is_pending(self) -> bool:
         """Whether nobody has used a value yet."""
-        return self._values is None
+        return self._made_values is None
 
     def compute(self) -> torch.Tensor:
         """The values, differentiable, as they would have been when the model was called."""
-        if self._values is None:
+        if self._made_values is None:
             with torch.inference_mode(False), torch.enable_grad():
                 if self.source.complete is not None:
-                    self._values = self.source.completed().to(self.dtype)
+                    self._made_values = self.source.completed().to(self.dtype)
                 else:
-                    self._values = _Fulfilled.apply(self)
-        return self._values
+                    self._made_values = _Fulfilled.apply(self)
+        return self._made_values
 
     def __repr__(self) -> str:  # type: ignore[override]
         return repr(self.compute())
@@ -199,10 +201,12 @@ class _Promise(torch.autograd.Function):
     """The node of a deferred tensor: a gradient of its values, wherever it comes from, goes on to the hidden states."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, source: _Source, shape: tuple[int, ...], dtype: torch.dtype) -> Deferred:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, source: _Source, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Deferred:
         """A tensor of this shape without values."""
         made: Deferred = torch.Tensor._make_wrapper_subclass(Deferred, shape, dtype=dtype, device=hidden.device)
-        made.source, made._values = source, None
+        made.source, made._made_values = source, None
         ctx.source = source
         return made
 

@@ -8,7 +8,7 @@ import torch
 
 _MESSAGE = (
     "fastft's fused layers have first derivatives only, and this is a derivative of one (create_graph=True, a gradient "
-    "penalty, a Hessian). Run that part of the training stock: fastft.unpatch_model(model), or patch_hf_training().undo()"
+    "penalty, a Hessian). Run that part of the training stock: fastft.unpatch_model(model), or .undo() of the patch"
 )
 
 

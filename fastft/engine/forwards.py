@@ -100,9 +100,9 @@ def _stock(
 def _read(layer: nn.Module, state: ModuleState) -> tuple[LayerParts | None, str | None]:
     """The layer's parts as they are now, or why it cannot run fused."""
     settings = state.settings
-    reading = settings.reading
-    if reading.is_fresh and state.index < len(reading.parts):
-        return reading.parts[state.index], reading.reasons[state.index]
+    known = settings.reading.of(layer)
+    if known is not None:
+        return known
     reason = why_no_layer(layer, settings.spec, state.index)
     return (read_parts(layer, settings.spec, state.index) if reason is None else None), reason
 

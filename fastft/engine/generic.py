@@ -20,10 +20,10 @@ from transformers.pytorch_utils import Conv1D
 
 from fastft.adapters.lora import stand_in, why_not_alone
 from fastft.backends import load_backend
+from fastft.engine.attach import STATE
 from fastft.engine.ledger import Ledger
 from fastft.engine.linear import LinearState, linear_forward
 from fastft.engine.norm import FrozenNorm
-from fastft.engine.attach import STATE
 from fastft.engine.state import EngineSettings, ModuleState, call_original, why_not_differentiated, why_replaced
 from fastft.kernels.norm import Norm, NormKind
 
@@ -178,9 +178,7 @@ def _epsilon(module: nn.Module) -> float | None:
     return eps if isinstance(eps, float) else None
 
 
-def _why_not_now(
-    module: nn.Module, state: NormState, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> str | None:
+def _why_not_now(module: nn.Module, state: NormState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     if type(module).forward is not state.forward:
         return "its class has another forward than when it was patched"
     if len(args) != 1 or kwargs:

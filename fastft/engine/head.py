@@ -32,7 +32,7 @@ _STOCKS_CALL = ("input_ids", "attention_mask", "position_ids", KV_CACHE, "inputs
 
 
 @functools.cache
-def causal_lm_forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
+def causal_lm_forward_of(kind: Any) -> Callable[..., Any]:
     """The `forward` for models of this class.  It has their own's signature, by which trainers choose columns."""
 
     @functools.wraps(kind.forward)

@@ -78,7 +78,8 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     """
     given = dict(kwargs)
     if args:
-        names = _names(type(module))
+        kind: Any = type(module)
+        names = _names(kind)
         if len(args) > len(names):
             type(module).forward(module, *args, **kwargs)  # raises
             raise TypeError(f"{type(module).__name__} takes {len(names)} positional arguments, {len(args)} were given")
@@ -94,7 +95,7 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
 
 
 @functools.cache
-def _names(kind: type[nn.Module]) -> tuple[str, ...]:
+def _names(kind: Any) -> tuple[str, ...]:
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
@@ -186,7 +187,9 @@ def differ_from_stocks(backbone: nn.Module, settings: EngineSettings, layers: li
     embeds = torch.randn(2, 7, weight.numel(), generator=generator).to(weight.device, weight.dtype)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]], device=weight.device)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]], device=weight.device)
-    batches = ({}, {"position_ids": positions}, {"attention_mask": mask}, {"use_cache": True, "position_ids": positions})
+    batches: list[dict[str, Any]] = [{}, {"position_ids": positions}, {"attention_mask": mask}]
+    if builds_cache(backbone, {"use_cache": True}):  # else only where there are gradients
+        batches.append({"use_cache": True, "position_ids": positions})
     return any(_differs(backbone, settings, {"inputs_embeds": embeds, "use_cache": False, **more}) for more in batches)
 
 
@@ -227,4 +230,3 @@ def _allowed(seen: Seen, B: int, S: int, mask_of: Any) -> torch.Tensor:
     device = seen.mask.device if seen.mask is not None else torch.device("cpu")
     mask = mask_of(seen, B, S, device).cpu()
     return (mask if mask.dtype == torch.bool else mask >= 0).expand(B, 1, S, S)
-

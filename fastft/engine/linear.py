@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from fastft.engine.first_order import first_order
 
 from fastft.adapters.lora import PACKED, AdaptedLinear, read_linear, stand_in, why_not_alone
 from fastft.backends import Backend
 from fastft.engine.attach import STATE
+from fastft.engine.first_order import first_order
 from fastft.engine.state import ModuleState, call_original, compute_dtype, why_not_differentiated
 from fastft.engine.watch import Watch, has_global_hooks
 from fastft.kernels.lora_linear.reference import lora_linear, lora_linear_backward
@@ -110,16 +110,15 @@ class LinearState(ModuleState):
 
 
 @stand_in
-def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """A PEFT LoRA layer: `x` (… × I) to (… × O), in the dtype that PEFT would give it."""
     state: ModuleState | None = self.__dict__.get(STATE)
-    # In inference, quantized layers have kernels of their own for single tokens.  Where nothing is differentiated all is
-    # stock's, but for dropout: a reentrant checkpoint runs its first forward so, and the second draws the same mask.
+    # In inference, quantized layers have kernels of their own for single tokens.  Where nothing is differentiated all
+    # is stock's, but for dropout: a reentrant checkpoint runs its first forward so, and the second draws the same mask.
     gradients = torch.is_grad_enabled()
     off = state is None or state.settings.why_stock is not None
     if off or (not gradients and not _drops(self)):
-        stock: torch.Tensor = call_original(self, (x, *args), kwargs)
-        return stock
+        return call_original(self, (x, *args), kwargs)
     assert isinstance(state, LinearState)
     ledger, ops = state.settings.ledger, state.settings.ops
     reason, linear = state.replaced or why_not_differentiated(), None
@@ -130,15 +129,11 @@ def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) 
         ledger.stock(state.name, "linear", reason)
     if reason is not None or linear is None or linear.a is None:
         # Without an adapter there is nothing to gain.
-        stock = call_original(self, (x, *args), kwargs)
-        return stock
+        return call_original(self, (x, *args), kwargs)
     ledger.fused(state.name, "linear", ops.name)
     # Drawn from the CPU's generator, which gradient checkpointing puts back before it runs the forward again.
     seed = int(torch.randint(2**62, ()).item()) if linear.dropout > 0 else 0
-    fused: torch.Tensor = LoraLinear.apply(
-        x, linear, _dtypes(linear, x), seed, ops, linear.a, linear.b, linear.bias, linear.b_bias
-    )
-    return fused
+    return LoraLinear.apply(x, linear, _dtypes(linear, x), seed, ops, linear.a, linear.b, linear.bias, linear.b_bias)
 
 
 def _drops(module: Any) -> bool:

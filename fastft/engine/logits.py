@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,8 +25,9 @@ from fastft.engine.loss import IGNORED, linear_cross_entropy, shifted_targets
 from fastft.engine.state import EngineSettings, ModuleState, call_original, compute_dtype, why_not_differentiated
 from fastft.engine.support import NO_LABELS, why_no_head, why_no_loss, why_sharded
 
+
 @functools.cache
-def deferring_forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
+def deferring_forward_of(kind: Any) -> Callable[..., Any]:
     """The `forward` for models of this class.  It has their own's signature, by which trainers choose columns."""
 
     @functools.wraps(kind.forward)
@@ -85,7 +86,7 @@ def _deferred(model: nn.Module, settings: EngineSettings) -> Iterator[list[torch
     def late(self: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         if not (torch.is_grad_enabled() and hidden.requires_grad):
             return nn.Linear.forward(self, hidden)  # type: ignore[arg-type]
-        make = partial(nn.Linear.forward, self)
+        make = partial(nn.Linear.forward, cast(nn.Linear, self))
         return defer(hidden, self.weight.shape[0], compute_dtype(hidden), make)  # type: ignore[index,arg-type]
 
     def loss_function(
@@ -104,7 +105,7 @@ def _deferred(model: nn.Module, settings: EngineSettings) -> Iterator[list[torch
                 computed(logits), labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
             )
             return stock
-        losses.append(_loss(logits, head, targets, num_items_in_batch, settings))
+        losses.append(_loss(cast(Deferred, logits), head, targets, num_items_in_batch, settings))
         return losses[-1]
 
     before = model.__dict__.get("_loss_function")

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastft.engine.first_order import first_order
 
 from fastft.backends import Backend
 from fastft.engine.aside import Aside
+from fastft.engine.first_order import first_order
 from fastft.kernels.cross_entropy import LogitTransform
 
 IGNORED = -100

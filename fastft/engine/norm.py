@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from fastft.engine.first_order import first_order
 
 from fastft.backends import Backend
-from fastft.engine.parts import read_norm
 from fastft.engine.attach import STATE
+from fastft.engine.first_order import first_order
+from fastft.engine.parts import read_norm
 from fastft.engine.state import ModuleState, call_original, why_not_differentiated
 from fastft.engine.support import why_no_norm
 from fastft.kernels.norm import Norm
@@ -42,20 +42,17 @@ class FrozenNorm(torch.autograd.Function):
         return dx_TD.view(dy.shape), None, None
 
 
-def norm_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def norm_forward(self: nn.Module, hidden_states: torch.Tensor) -> Any:
     """The final norm (… × D)."""
     state: ModuleState | None = self.__dict__.get(STATE)
     if state is None or not torch.is_grad_enabled() or state.settings.why_stock is not None:
-        stock: torch.Tensor = call_original(self, (hidden_states,), {})
-        return stock
+        return call_original(self, (hidden_states,), {})
     settings = state.settings
     reason = state.replaced or why_not_differentiated() or why_no_norm(self, settings.spec)
     if reason is None and hidden_states.dtype != self.weight.dtype:
         reason = f"its weight is {self.weight.dtype}, the activations are {hidden_states.dtype}"
     if reason is not None:
         settings.ledger.stock(state.name, "norm", reason)
-        stock = call_original(self, (hidden_states,), {})
-        return stock
+        return call_original(self, (hidden_states,), {})
     settings.ledger.fused(state.name, "norm", settings.ops.name)
-    normed: torch.Tensor = FrozenNorm.apply(hidden_states, read_norm(self, settings.spec), settings.ops)
-    return normed
+    return FrozenNorm.apply(hidden_states, read_norm(self, settings.spec), settings.ops)

@@ -170,11 +170,12 @@ def patch_model(
     ]
     for part in parts:
         # Those of a fused layer count only if it runs stock one day; they note themselves then.
-        layer, inside = ".".join(part.name.split(".")[:2]), part.name.startswith(f"{spec.layers}.")
-        if not inside or layer not in ledger.paths or ledger.paths[layer].path == "stock":
+        of_layer, inside = ".".join(part.name.split(".")[:2]), part.name.startswith(f"{spec.layers}.")
+        if not inside or of_layer not in ledger.paths or ledger.paths[of_layer].path == "stock":
             note_part(ledger, part, ops.name)
 
-    _install(causal_lm, causal_lm_forward_of(type(causal_lm)), ModuleState(settings, "lm_head"))
+    kind: Any = type(causal_lm)
+    _install(causal_lm, causal_lm_forward_of(kind), ModuleState(settings, "lm_head"))
     _install(backbone, backbone_forward, ModuleState(settings, "backbone"))
     for layer, index in {layer: index for index, layer in reversed(list(enumerate(layers)))}.items():
         _install(layer, layer_forward, ModuleState(settings, f"{spec.layers}.{index}", index))
@@ -236,7 +237,8 @@ def _patch_parts_only(
     for part in parts:
         note_part(ledger, part, ops.name)
     if has_head:
-        _install(model, deferring_forward_of(type(model)), ModuleState(settings, "lm_head"))
+        kind: Any = type(model)
+        _install(model, deferring_forward_of(kind), ModuleState(settings, "lm_head"))
     else:
         attach(model, {}, **{STATE: ModuleState(settings, "model")})
     _install_parts(parts)

@@ -10,11 +10,11 @@ from torch import nn
 from fastft.engine import optimizer_step
 from fastft.engine.bank import AdapterBank
 from fastft.engine.graphs import GraphMode, Graphs
-from fastft.models.identity import attention_function, called_functions
 from fastft.engine.parts import LayerParts, read_parts
 from fastft.engine.resident import ResidentWeights
 from fastft.engine.support import why_no_layer, why_no_stack
 from fastft.engine.watch import Watch, has_global_hooks
+from fastft.models.identity import attention_function, called_functions
 from fastft.models.spec import LayerSpec
 
 
@@ -63,6 +63,7 @@ class ModelReading:
         """What counts beside the modules."""
         self._modules: list[Any] = []
         """Those that were read, from the top."""
+        self._index: dict[nn.Module, int] = {}
         self._resident = ResidentWeights()
         self.parts: list[LayerParts | None] = []
         """Of each layer; None where it cannot run fused."""
@@ -77,7 +78,8 @@ class ModelReading:
         self.may_drop = False
         """Whether an adapter in them drops elements of its input in training."""
         self.shares_layers = False
-        """Whether two of them have one place in a key/value cache, where the second sees what the first put there."""
+        """Whether not each of them has a place of its own in a key/value cache: a second one sees what the first put
+        there."""
         self.quiet = False
         """Whether no module in them has a hook."""
         self.count = 0
@@ -96,10 +98,15 @@ class ModelReading:
         modules = [*layers, norm, getattr(backbone, spec.rotary_embedding, None)]
         replaced = len(modules) != len(self._modules) or not all(map(is_, modules, self._modules))
         if self._watch is None or replaced or around != self._around or not self._watch.unchanged():
-            self._modules = modules
+            self._modules, self._index = modules, {layer: index for index, layer in enumerate(layers)}
             self._around = around
             self._read(backbone, spec, resident_layers)
         self.is_fresh = True
+
+    def of(self, layer: nn.Module) -> tuple[LayerParts | None, str | None] | None:
+        """A layer's parts, or why it cannot run fused, as looked at in this forward; None if it was not."""
+        index = self._index.get(layer) if self.is_fresh else None
+        return None if index is None else (self.parts[index], self.reasons[index])
 
     def _read(self, backbone: nn.Module, spec: LayerSpec, resident_layers: int) -> None:
         config: Any = backbone.config
@@ -109,8 +116,9 @@ class ModelReading:
         bound = [*called_functions(spec), (type(backbone), "forward", type(backbone).forward)]
         self._watch = Watch([*layers, *around], bound, config)
         self.quiet = self._watch.quiet
+        most = getattr(config, "num_hidden_layers", len(layers))
         places = [getattr(attrgetter(spec.attention)(x), "layer_idx", None) if _has(x, spec) else None for x in layers]
-        self.shares_layers = len(set(places)) < len(places)
+        self.shares_layers = len(set(places)) < len(places) or len(layers) > most
         self.may_drop = any(isinstance(m, nn.Dropout) and m.p > 0 for layer in layers for m in layer.modules())
         self.why_no_stack = why_no_stack(backbone, layers, spec)
         self.reasons = [why_no_layer(layer, spec, index) for index, layer in enumerate(layers)]

@@ -9,8 +9,8 @@ Legend: B batch, S sequence, T = B·S tokens, D model.
 from typing import Any
 
 import torch
-from fastft.engine.first_order import first_order
 
+from fastft.engine.first_order import first_order
 from fastft.engine.runs import Run, backward_run, first_trained, forward_run
 
 

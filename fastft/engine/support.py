@@ -11,15 +11,15 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
 
 from fastft.adapters.lora import has_hooks, why_called, why_not_fused
+from fastft.engine.watch import has_global_hooks
 from fastft.models.identity import (
     is_own,
-    why_no_linear,
     why_called_otherwise,
+    why_no_linear,
     why_other_attention,
     why_other_class,
     why_other_functions,
 )
-from fastft.engine.watch import has_global_hooks
 from fastft.models.spec import ACTIVATIONS, LayerSpec
 
 ADDS_BOOLEANS = "stock's eager attention adds a boolean mask to the scores"

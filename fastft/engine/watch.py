@@ -1,8 +1,8 @@
 """Noticing cheaply that a model's layers are no longer what the engine read.
 
 Whether a layer may run fused depends on some fifty small facts about its modules: their classes, hooks, replaced
-forwards, constants, the active adapter, what is trained.  Asking for all of them in every step costs more than launching
-the layer's kernels.  A `Watch` remembers them as flat lists that C code compares.
+forwards, constants, the active adapter, what is trained.  Asking for all of them in every step costs more than
+launching the layer's kernels.  A `Watch` remembers them as flat lists that C code compares.
 """
 
 from collections.abc import Iterable

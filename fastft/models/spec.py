@@ -165,7 +165,8 @@ def _gemma(family: str, number: int, **more: Any) -> LayerSpec:
 SPECS: dict[str, LayerSpec] = {
     "llama": _spec(
         "llama",
-        "Llama",),
+        "Llama",
+    ),
     "mistral": _spec(
         "mistral",
         "Mistral",

@@ -92,9 +92,17 @@ def _chunks(q: torch.Tensor, seen: Seen) -> Iterator[tuple[slice, slice, torch.T
 
 
 def _capped(
-    q_BRHd: torch.Tensor, k_BCKd: torch.Tensor, v_BCKd: torch.Tensor, mask: torch.Tensor, softcap: float | None, scale: float
+    q_BRHd: torch.Tensor,
+    k_BCKd: torch.Tensor,
+    v_BCKd: torch.Tensor,
+    mask: torch.Tensor,
+    softcap: float | None,
+    scale: float,
 ) -> torch.Tensor:
-    """softmax(mask(softcap · tanh(scale · q·kᵀ / softcap)))·v, or without the cap, rounded where transformers' eager attention rounds."""
+    """softmax(mask(softcap · tanh(scale · q·kᵀ / softcap)))·v, or without the cap.
+
+    It rounds where transformers' eager attention rounds.
+    """
     R, H, K = q_BRHd.shape[1], q_BRHd.shape[2], k_BCKd.shape[2]
     # The query heads of a group become rows of one product, so that no key or value is repeated.
     q = q_BRHd.unflatten(2, (K, H // K)).permute(0, 2, 3, 1, 4).flatten(2, 3)
