@@ -13,6 +13,7 @@ survives, could not be planted, or its tests prove nothing; 2 for a table or arg
 """
 
 import argparse
+import itertools
 import json
 import os
 import queue
@@ -111,12 +112,18 @@ def copy_checkout(root: Path, to: Path) -> None:
             shutil.copy2(root / name, to / name)
 
 
+_SECONDS = itertools.count(1)
+
+
 @contextmanager
 def planted(fault: Fault, tree: Path) -> Iterator[None]:
-    """The tree with the fault in it; afterwards as it was, to the time of the file, which compiled code is kept by."""
+    """The tree with the fault in it; afterwards as it was, to the time of the file."""
     file = tree / fault.file
     text, stat = file.read_text(encoding="utf-8"), file.stat()
     file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    # Python keeps compiled code by a file's size and the whole seconds of its time: a text of its own has times of its
+    # own, or what was compiled of one is run for the other.
+    os.utime(file, (stat.st_atime, int(stat.st_mtime) + next(_SECONDS)))
     try:
         yield
     finally:

@@ -220,13 +220,13 @@ def _differs(backbone: nn.Module, settings: EngineSettings, given: dict[str, Any
             if not all(map(torch.equal, captured.position_embeddings, ours.angles[kind.rotary])):
                 return True
             theirs = Seen(captured.attention_mask)
-            if not torch.equal(_allowed(theirs, B, S, mask_of), _allowed(seen, B, S, mask_of)):
+            device = ours.hidden_BSD.device
+            if not torch.equal(_allowed(theirs, B, S, device), _allowed(seen, B, S, device)):
                 return True
     return False
 
 
-def _allowed(seen: Seen, B: int, S: int, mask_of: Any) -> torch.Tensor:
+def _allowed(seen: Seen, B: int, S: int, device: torch.device) -> torch.Tensor:
     """(B × 1 × S × S): which key each query sees."""
-    device = seen.mask.device if seen.mask is not None else torch.device("cpu")
-    mask = mask_of(seen, B, S, device).cpu()
+    mask = mask_of(seen, B, S, device)
     return (mask if mask.dtype == torch.bool else mask >= 0).expand(B, 1, S, S)

@@ -479,7 +479,9 @@ def test_each_reason_is_logged_once(unknown, batch_of, step, caplog):
     patch_model(model, backend="eager")
     for _ in range(2):
         step(model, batch_of("none"))
-    messages = [record.getMessage() for record in caplog.records if record.name == "fastft"]
+    messages = [
+        record.getMessage() for record in caplog.records if record.name == "fastft" and record.levelname == "WARNING"
+    ]
     assert messages == [
         "Olmo2ForCausalLM: linear 2 of 2 (layers.0.self_attn.q_proj, …) runs as stock, because its LoRA is a variant "
         "(such as DoRA)"
