@@ -18,7 +18,8 @@ from torch import nn
 from fastft.backends import load_backend
 from fastft.config import RunConfig
 from fastft.engine import optimizer_step
-from fastft.engine.patch import base_model, patch_model, unpatch_model
+from fastft.engine.attach import list_in
+from fastft.engine.patch import base_model, forget_the_gone, patch_model, unpatch_model
 from fastft.engine.state import Placed
 from fastft.errors import ConfigError, FastftError, ModelError, unknown_choice
 from fastft.hardware import Device, detect_device
@@ -232,11 +233,11 @@ class HfPatch:
                 raise
             log.warning("%s stays stock: %s", type(model).__name__, error)
             return
-        self._models.add(base_model(model))
-        self._models.add(model)
+        for each in dict.fromkeys((base_model(model), model)):
+            list_in(self._models, each)
 
     def undo(self) -> None:
-        """Restore PEFT, and every model that was patched through it and still lives."""
+        """Restore PEFT, and every model that was patched through it and still lives, its deep copies too."""
         import peft
 
         if self._original is None:
@@ -247,6 +248,7 @@ class HfPatch:
         self._original = None
         for model in list(self._models):
             unpatch_model(model)
+        forget_the_gone()
 
     def __enter__(self) -> "HfPatch":
         return self

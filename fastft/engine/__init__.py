@@ -1,33 +1,56 @@
 """The engine: fastft's own forward and backward of a model's layers, so that it chooses what the backward keeps.
 
-A model of a known family (`fastft.models.spec`) runs layer by layer:
+A forward of a model of a known family (`fastft.models.spec`) goes straight through these:
 
-    forwards.py  what the backbone and its decoder layers call instead of Hugging Face's `forward`
-    runtime.py   gathers the layers of one forward into runs, and remembers what it read of them
-    parts.py     what is read of a layer, and what a forward tells it
-    layer.py     one decoder layer: forward, backward, and what each policy saves
-    saved.py     the intermediates of a layer, by policy;  tiles.py  its MLP over some rows at a time
-    packed.py    where packed documents start
-    runs.py      layers one after the other
-    stack.py     a run as one autograd function
-    bank.py      all adapters in one buffer;  optimizer_step.py  updates them at once
-    graphs.py    CUDA graphs of a run
-    offload.py   what waits for its backward in host memory;  host_embedding.py  the embedding there
-    resident.py  dense copies of quantized weights
-    watch.py     notices cheaply that a layer is no longer what was read
+    head.py           is the `forward` of the model with head: head and loss together
+    backbone.py       is the `forward` of the decoder: embedding, all layers as one function, the final norm
+    inputs.py         gathers what stock's loop would hand to its layers, and compares it with that loop once a model
+    padding.py        says what an attention mask hides
+    packed.py         says where packed documents start
+    context.py        makes of that what one forward tells layers of one kind
+    stack.py          is the autograd function of all layers
+    runs.py           runs layers one after the other, forward and backward
+    layer.py          is one decoder layer: forward, backward, and what each policy saves
+    tiles.py          runs its MLP over some rows at a time
+    norm.py           is the final norm
+    loss.py           is head and cross-entropy, in chunks of labelled rows
+    deferred.py       makes what an output holds and training did not compute, when somebody looks
+    first_order.py    makes a derivative of a derivative an error
 
-Any other model, and a layer that cannot run as a whole, runs part by part:
+Where the layers have to be called one by one, or a model has no layer specification:
 
-    generic.py   finds the parts;  linear.py  a LoRA linear alone;  logits.py  head and loss of any model
+    forwards.py       is the `forward` of a decoder layer in stock's own loop
+    generic.py        finds the parts that run fused by themselves, and is the `forward` of RMSNorms
+    linear.py         is a LoRA linear by itself
+    logits.py         runs head and loss together in models whose `forward` is their own
 
-Both:
+What may run fused, and what was read of it:
 
-    patch.py     puts the engine into a Hugging Face model, and takes it out again
-    walks.py     what a training loop asks a patched model at every step, without a walk through its modules
-    state.py     what patched modules know;  aside.py  what the host asks the device while it works
-    streams.py   streams beside the one that computes
-    support.py   why a module cannot run fused;  ledger.py  which path each module runs
-    head.py, loss.py, norm.py   the model with head, head and cross-entropy together, the final norm
+    support.py        says why a module cannot run fused; whose code it is says `fastft.models.identity`
+    parts.py          holds what is read of a layer, and what a forward tells it
+    reading.py        keeps what was read of a model's layers
+    watch.py          notices cheaply that something changed since
+    ledger.py         tells which path each module's last call took, and why
+
+Memory and launches:
+
+    saved.py          holds the intermediates of a layer, by policy
+    offload.py        keeps in host memory what waits for its backward
+    host_embedding.py keeps the input embedding there
+    resident.py       keeps dense copies of quantized weights
+    bank.py           keeps all adapters in one buffer
+    optimizer_step.py updates that buffer at once
+    clipping.py       clips its gradients at once
+    graphs.py         records layers as CUDA graphs, and replays them
+    aside.py          asks the device while it works
+    streams.py        has the streams beside the one that computes
+
+The model around it:
+
+    patch.py          puts the engine into a Hugging Face model, and takes it out again
+    attach.py         puts attributes on a module; copies, replicas and pickles stay what people expect
+    state.py          holds what patched modules know
+    walks.py          answers what a training loop asks at every step, without a walk through the modules
 
 Placement policies, from most to least memory: `keep` saves every intermediate that the backward reads, `light`
 recomputes some norms and activations (bytes, not FLOPs), `mlp` recomputes the gate and up projections too, `full` saves

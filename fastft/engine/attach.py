@@ -7,6 +7,7 @@ is pickled is the stock module, which loads where fastft is not installed.
 
 import copy
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any, NamedTuple
@@ -17,12 +18,32 @@ STATE = "_fastft"
 """The attribute under which a patched module keeps its `ModuleState`."""
 _METHODS = "_fastft_methods"
 """The methods that stand on the module, by name."""
+_LISTED = "_fastft_listed"
+"""The sets in which the module stands."""
 
 
 class _Attached(NamedTuple):
     function: Callable[..., Any]
     before: Any
     """What stood there, in the module's own `__dict__`."""
+
+
+class _Listed:
+    """The sets in which a module stands, and in which a deep copy of it, patched as it is, shall stand too."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self.sets: list[weakref.WeakSet[nn.Module]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Listed":
+        copied = memo.get(id(self._module()))
+        if copied is None:  # attributes are copied without their module
+            return self
+        made = _Listed(copied)
+        made.sets = list(self.sets)
+        for modules in self.sets:
+            modules.add(copied)
+        return made
 
 
 def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], **more: Any) -> None:
@@ -46,6 +67,12 @@ def detach(module: nn.Module) -> None:
     again."""
     if _METHODS in module.__dict__:
         _strip(module.__dict__)
+
+
+def list_in(modules: "weakref.WeakSet[nn.Module]", module: nn.Module) -> None:
+    """Add an attached `module` to `modules`, and from now on, until `detach`, every deep copy of it."""
+    modules.add(module)
+    module.__dict__.setdefault(_LISTED, _Listed(module)).sets.append(modules)
 
 
 def is_ours(module: nn.Module, function: Callable[..., Any]) -> bool:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from fastft.backends import Backend, load_backend
 from fastft.engine import optimizer_step, walks
-from fastft.engine.attach import STATE, attach, detach
+from fastft.engine.attach import STATE, attach, detach, list_in
 from fastft.engine.backbone import backbone_forward
 from fastft.engine.forwards import layer_forward
 from fastft.engine.generic import (
@@ -123,7 +123,7 @@ def patch_model(
         ledger = _patch_parts_only(causal_lm, unspecified, chosen, ops, loss_chunk_tokens, strict=strict)
         use_launches(launches)
         walks.install(model)
-        _patched.add(causal_lm)
+        list_in(_patched, causal_lm)
         return ledger
     if host_embedding and (reason := why_not_on_host(causal_lm)) is not None:
         raise ConfigError(
@@ -182,7 +182,7 @@ def patch_model(
     _install(final_norm, norm_forward, ModuleState(settings, spec.final_norm))
     _install_parts(parts)
     walks.install(model)
-    _patched.add(causal_lm)
+    list_in(_patched, causal_lm)
     ledger.tell()
     return ledger
 
@@ -260,12 +260,17 @@ def unpatch_model(model: nn.Module) -> None:
             give_back(module)
         detach(module)
     _patched.discard(causal_lm)
+    forget_the_gone()
+
+
+def forget_the_gone() -> None:
+    """Watch no optimizer any more if the patched models were all unpatched, or are no more."""
     if not _patched:
         optimizer_step.uninstall()
 
 
 _patched: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Models that are patched and live."""
+"""Models that are patched and live, deep copies among them."""
 
 
 def ledger_of(model: nn.Module) -> Ledger | None:

@@ -172,8 +172,6 @@ def _why_replaced(module: nn.Module) -> str | None:
 
 def why_sharded(module: nn.Module) -> str | None:
     """Why another library owns the weights of `module`, or None."""
-    if getattr(module, "_is_replica", False):
-        return "nn.DataParallel copies the model for every forward; start one process a GPU: torchrun --nproc-per-node"
     kinds = {type(module), *(type(child) for child in module.children())}
     first = next((child for child in module.modules() if isinstance(child, nn.ModuleList) and len(child)), None)
     if first is not None:
