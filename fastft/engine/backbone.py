@@ -19,7 +19,7 @@ from fastft.adapters.lora import has_hooks
 from fastft.engine import inputs
 from fastft.engine.aside import Aside
 from fastft.engine.attach import STATE, is_ours
-from fastft.engine.context import context_of, why_other_kernel, writes_out
+from fastft.engine.context import context_of, why_other_kernel
 from fastft.engine.deferred import DeferredCache, Rest
 from fastft.engine.forwards import layer_forward
 from fastft.engine.host_embedding import keep_on_host
@@ -41,26 +41,16 @@ from fastft.engine.state import (
     state_of,
     why_not_differentiated,
 )
-from fastft.engine.support import ADDS_BOOLEANS, FP64_MASKS, adds_booleans, is_capturing, why_sharded
+from fastft.engine.support import is_capturing, why_no_mask, why_sharded, writes_out
 from fastft.kernels.attention.library import Seen
 from fastft.kernels.attention.seen import documents_of
 from fastft.models.kv_cache import KV_CACHE
+from fastft.models.spec import LayerSpec
 from fastft.plan import Policy
 
 HEAD = "lm_head"
 """The ledger's name of head and loss."""
-_UNSEEN = {
-    "num_items_in_batch",
-    "ignore_index",
-    "shift_labels",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-}
-"""Keywords that reach stock's layers and change nothing there."""
-
-
+_KNOWN = inputs.NAMES | inputs.UNSEEN
 _READ_AROUND = {"debug_io", "prune_layers", "labels", "logits_to_keep"}
 """Keywords that stock's decorators around the backbone read, or that its caller should have."""
 
@@ -145,15 +135,17 @@ def run_straight(
     if reason is not None or settings.inputs_differ:
         return reason or "this release of transformers hands other inputs to its layers"
     assert reading.stack is not None
+    weight = reading.stack.parts[0].input_norm.weight_D
+    # Before the embedding runs, whose hooks may draw random numbers (NEFTune): stock's loop would run them again.
+    reason = _why_mixed(_input_dtype(backbone, spec, given, weight), weight)
+    reason = reason or why_no_mask(layers[0], spec, given.get("attention_mask"), weight.dtype)
+    if reason is not None:
+        return reason
     gathered = inputs.gather(backbone, spec, given)
     hidden = gathered.hidden_BSD
-    weight = reading.stack.parts[0].input_norm.weight_D
-    if not compute_dtype(hidden) == weight.dtype == hidden.dtype or hidden.device != weight.device:
-        return (
-            f"it computes in {compute_dtype(hidden)} on {weight.dtype} weights, from {hidden.dtype} on {hidden.device}"
-        )
-    if given.get("attention_mask") is not None and hidden.dtype == torch.float64 and writes_out(layers[0], spec):
-        return FP64_MASKS
+    reason = _why_mixed(hidden.dtype, weight)  # a hook's output, or a wrapper's
+    if reason is not None or hidden.device != weight.device:
+        return reason or f"its input is on {hidden.device}, its weights on {weight.device}"
     if has_hooks(norm) or not is_ours(norm, norm_forward):
         targets = None  # somebody sees what goes into it
     run = _Run(settings, reading.stack, gathered, layers)
@@ -221,7 +213,7 @@ def why_not_gathered(backbone: nn.Module, given: dict[str, Any]) -> str | None:
         return "a tuple is asked for"
     if given.get("is_causal") not in (None, True):
         return "attention was given is_causal"
-    others = [name for name, value in given.items() if value is not None and name not in inputs.NAMES | _UNSEEN]
+    others = [name for name, value in given.items() if value is not None and name not in _KNOWN]
     if others:
         spec = state_of(backbone).settings.spec
         read = inputs.read_by_layer(layers_and_norm(backbone, spec)[0][0], spec) | _READ_AROUND
@@ -233,11 +225,25 @@ def why_not_gathered(backbone: nn.Module, given: dict[str, Any]) -> str | None:
         return "the batch is empty"
     if mask is not None and not (isinstance(mask, torch.Tensor) and _fits(mask, B, S)):
         return f"the attention mask is a {type(mask).__name__} of another kind than B × S or B × 1 × S × S"
-    if mask is not None and mask.dim() == 4 and adds_booleans(config, mask):
-        return ADDS_BOOLEANS
     if positions is not None and (positions.dim() != 2 or positions.shape[1] != S or positions.shape[0] not in (1, B)):
         return f"positions have the shape {tuple(positions.shape)}"
     return None
+
+
+def _input_dtype(backbone: nn.Module, spec: LayerSpec, given: dict[str, Any], otherwise: torch.Tensor) -> torch.dtype:
+    """The dtype that the first layer's input should have, or that of `otherwise` where the embedding does not tell."""
+    embeds = given.get("inputs_embeds")
+    told = getattr(getattr(backbone, spec.embedding), "weight", None) if embeds is None else embeds
+    known = isinstance(told, torch.Tensor) and told.is_floating_point()
+    return told.dtype if known else otherwise.dtype  # type: ignore[union-attr]
+
+
+def _why_mixed(dtype: torch.dtype, weight: torch.Tensor) -> str | None:
+    """Why activations of this dtype and the layers' weights are not computed in one dtype, or None."""
+    computed = compute_dtype(weight)
+    if computed == weight.dtype == dtype:
+        return None
+    return f"it computes in {computed} on {weight.dtype} weights, from {dtype}"
 
 
 def _who_has_the_head(state: ModuleState) -> str:

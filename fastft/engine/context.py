@@ -3,15 +3,11 @@
 Legend: B batch, S sequence, D model, d head size.
 """
 
-from operator import attrgetter
-
 import torch
-from torch import nn
 
 from fastft.engine.parts import StepContext
 from fastft.engine.state import EngineSettings
 from fastft.kernels.attention.library import Seen, choose_attention
-from fastft.models.spec import LayerSpec
 
 
 def context_of(
@@ -35,11 +31,6 @@ def context_of(
     return StepContext(
         batch=B, tokens=B * S, attention=attention, cos_Sd=cos, sin_Sd=sin, seen=seen, rows_R=rows_R
     )  # fmt: skip
-
-
-def writes_out(layer: nn.Module, spec: LayerSpec) -> bool:
-    """Whether stock's attention is the eager one, which writes its scores out."""
-    return bool(attrgetter(spec.attention)(layer).config._attn_implementation == "eager")
 
 
 def why_other_kernel(settings: EngineSettings, context: StepContext) -> str | None:

@@ -3,7 +3,6 @@
 The whole stack at once is `backbone.py`.
 """
 
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastft.engine.attach import STATE
-from fastft.engine.context import context_of, why_other_kernel, writes_out
-from fastft.engine.inputs import Captured, read_by_layer
+from fastft.engine.context import context_of, why_other_kernel
+from fastft.engine.inputs import UNSEEN, Captured, read_by_layer
 from fastft.engine.parts import LayerCall, LayerParts, read_parts
 from fastft.engine.runs import Run
 from fastft.engine.stack import run_layers
@@ -24,17 +23,16 @@ from fastft.engine.state import (
     policy_of,
     why_not_differentiated,
 )
-from fastft.engine.support import ADDS_BOOLEANS, FP64_MASKS, adds_booleans, why_no_layer
+from fastft.engine.support import why_no_layer, why_no_mask, writes_out
 from fastft.kernels.attention.library import Seen
 from fastft.models.kv_cache import KV_CACHE
 from fastft.plan import keeps_input_only
 
-_READ = {"hidden_states", "attention_mask", "position_embeddings"}
-_IGNORED = {
-    "position_ids", "use_cache", "num_items_in_batch", "ignore_index", "shift_labels", "cu_seq_lens_q", "cu_seq_lens_k",
-    "max_length_q", "max_length_k", "is_causal", "output_attentions", "output_hidden_states", "hidden_states",
+_KNOWN = UNSEEN | {
+    "hidden_states", "attention_mask", "position_embeddings", "position_ids", "use_cache", "is_causal",
+    "output_attentions", "output_hidden_states",
 }  # fmt: skip
-"""Arguments that change nothing in a layer of a known family, or are asked for by name."""
+"""Arguments that a fused layer reads, that change nothing in a layer of a known family, or are asked for by name."""
 
 
 def layer_forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +119,7 @@ def _why_not_now(
         return "no position embeddings were passed"
     if kwargs.get("is_causal") not in (None, True):
         return "attention was given is_causal"
-    others = [name for name, value in kwargs.items() if value is not None and name not in _READ | _IGNORED]
+    others = [name for name, value in kwargs.items() if value is not None and name not in _KNOWN]
     if others:
         read = read_by_layer(layer, settings.spec)
         for name in others:
@@ -133,10 +131,9 @@ def _why_not_now(
         isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[0] in (1, B) and mask.shape[1:] == (1, S, S)
     ):
         return f"the attention mask is a {type(mask).__name__} of another kind than B × 1 × S × S"
-    if mask is not None and hidden.dtype == torch.float64 and writes_out(layer, settings.spec):
-        return FP64_MASKS
-    if mask is not None and adds_booleans(attrgetter(settings.spec.attention)(layer).config, mask):
-        return ADDS_BOOLEANS
+    reason = why_no_mask(layer, settings.spec, mask, hidden.dtype)
+    if reason is not None:
+        return reason
     if any(t.shape[0] not in (1, B) or t.shape[-2] != S for t in angles):
         return "positions have another shape than the hidden states"
     # A variant of the family may have other norms; then `why_no_layer` has the reason.

@@ -30,6 +30,13 @@ NAMES = frozenset(
     }
 )  # fmt: skip
 """Arguments of a backbone that the engine knows."""
+UNSEEN = frozenset(
+    {
+        "num_items_in_batch", "ignore_index", "shift_labels", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
+        "max_length_k",
+    }
+)  # fmt: skip
+"""Keywords that reach stock's layers and change nothing there."""
 
 
 @functools.cache

@@ -20,7 +20,6 @@ _REMEDIES = (
     ("a tuple", "leave out return_dict=False"),
     ("sdpa leaves out its soft-cap", "load it with attn_implementation='eager'"),
     ("not sdpa or eager", "load it with attn_implementation='sdpa'"),
-    ("DataParallel", "start one process a GPU: torchrun --nproc-per-node N"),
 )
 """What would let a module run fused, by what its reason says."""
 

@@ -150,8 +150,8 @@ def _why_not_now(
             return f"it was given {', '.join(given) or 'more than its input'}"
     if linear is None:
         return None
-    if why_no_linear() is not None:
-        return why_no_linear()
+    if (reason := why_no_linear()) is not None:
+        return reason
     if has_global_hooks():
         return "hooks on all modules are registered"
     if is_quantized(linear.module):

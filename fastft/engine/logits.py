@@ -1,6 +1,6 @@
 """Head and loss together, in models whose `forward` is their own.
 
-While such a forward runs, its head puts a `DeferredLogits` in the logits' place.  If the loss function gets that very
+While such a forward runs, its head puts a `Deferred` tensor in the logits' place.  If the loss function gets that very
 object, then nothing came between head and loss, whatever the family, and both run together (`fastft.engine.loss`).  If
 the forward does anything else with it, a soft-cap for one, the logits are computed there and all goes on as stock.
 

@@ -160,13 +160,6 @@ def policy_of(layer: nn.Module) -> Policy:
     return state.settings.placement[state.index]
 
 
-def original_forward(module: nn.Module) -> Callable[..., Any]:
-    """The `forward` that stood before the patch, bound to `module`."""
-    state: ModuleState | None = module.__dict__.get(STATE)
-    original = None if state is None else state.original
-    return original if original is not None else type(module).forward.__get__(module)
-
-
 def call_original(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the module would have returned without the patch."""
     state: ModuleState | None = module.__dict__.get(STATE)

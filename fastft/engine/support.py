@@ -22,15 +22,24 @@ from fastft.models.identity import (
 )
 from fastft.models.spec import ACTIVATIONS, LayerSpec
 
-ADDS_BOOLEANS = "stock's eager attention adds a boolean mask to the scores"
-FP64_MASKS = "stock's eager attention overflows under an fp64 mask"
 NO_LABELS = "no labels were given"
 GLOBAL_HOOKS = "hooks on all modules are registered"
 
 
-def adds_booleans(config: Any, mask: torch.Tensor) -> bool:
-    """Whether stock would add ones to the scores where a mask means to hide: what eager attention makes of booleans."""
-    return mask.dtype == torch.bool and config._attn_implementation == "eager"
+def writes_out(layer: nn.Module, spec: LayerSpec) -> bool:
+    """Whether stock's attention is the eager one, which writes its scores out."""
+    return bool(attrgetter(spec.attention)(layer).config._attn_implementation == "eager")
+
+
+def why_no_mask(layer: nn.Module, spec: LayerSpec, mask: torch.Tensor | None, dtype: torch.dtype) -> str | None:
+    """Why stock would compute something of its own under this mask, where activations have this dtype, or None."""
+    if mask is None or not writes_out(layer, spec):
+        return None
+    if dtype == torch.float64:
+        return "stock's eager attention overflows under an fp64 mask"
+    if mask.dim() == 4 and mask.dtype == torch.bool:  # ones, where it means to hide
+        return "stock's eager attention adds a boolean mask to the scores"
+    return None
 
 
 def is_capturing() -> bool:
@@ -154,8 +163,8 @@ def why_no_head(head: nn.Module | None) -> str | None:
         return "the model has no output embeddings"
     if type(head) is not nn.Linear:
         return f"the head is {type(head).__module__}.{type(head).__name__}, not a plain linear layer"
-    if why_no_linear() is not None:
-        return why_no_linear()
+    if (reason := why_no_linear()) is not None:
+        return reason
     if head.weight.requires_grad:
         return "the head is trained"
     if head.bias is not None:

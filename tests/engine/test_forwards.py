@@ -173,11 +173,17 @@ def _halved(mlp: Any, x: Tensor) -> Tensor:
     return 0.5 * type(mlp).forward(mlp, x)
 
 
+def _change_places(layers: Any) -> None:
+    layers[0], layers[1] = layers[1], layers[0]
+    layers[2].register_forward_hook(lambda *_: None)  # so that stock's loop calls each of them
+
+
 CHANGES: dict[str, Callable[[Any], None]] = {
-    "scaling": lambda layer: layer.self_attn.q_proj.scaling.update(default=0.25),
-    "adapter off": lambda layer: layer.mlp.down_proj.enable_adapters(enabled=False),
-    "another module": lambda layer: setattr(layer, "mlp", copy.deepcopy(layer.mlp)),
-    "another forward": lambda layer: setattr(layer.mlp, "forward", partial(_halved, layer.mlp)),
+    "scaling": lambda layers: layers[1].self_attn.q_proj.scaling.update(default=0.25),
+    "adapter off": lambda layers: layers[1].mlp.down_proj.enable_adapters(enabled=False),
+    "another module": lambda layers: setattr(layers[1], "mlp", copy.deepcopy(layers[1].mlp)),
+    "another forward": lambda layers: setattr(layers[1].mlp, "forward", partial(_halved, layers[1].mlp)),
+    "other places": _change_places,
 }
 
 
@@ -190,10 +196,26 @@ def test_what_changed_is_noticed(change, toy, batch_of, step, error_of):
         if patched:
             patch_model(model, backend="eager")
         step(model, batch)
-        CHANGES[change](model.get_base_model().model.layers[1])
+        CHANGES[change](model.get_base_model().model.layers)
         results.append(step(model, batch))
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
     assert error_of(results[1][1], results[0][1]) < TOLERANCE
+
+
+def test_noise_of_an_embedding_hook_is_drawn_once_where_autocast_keeps_the_layers_stock(toy, batch_of):
+    """NEFTune's hook, in TRL's default of fp32 weights under autocast."""
+    losses, drawn_after = [], []
+    for patched in (False, True):
+        model = toy()
+        model.get_input_embeddings().register_forward_hook(lambda _, __, out: out + 0.1 * torch.rand_like(out))
+        if patched:
+            patch_model(model, backend="eager")
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses.append([float(model(**batch_of("none")).loss) for _ in range(3)])
+        drawn_after.append(torch.rand(3))
+    assert torch.equal(*drawn_after)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3), "to the last places of bf16"
 
 
 def test_another_placement_for_the_same_sizes_runs_once(toy, batch_of, step, runs, monkeypatch):

@@ -37,7 +37,7 @@ def sdpa_forward(
             return _public(q, k, v, seen, scale), ()
         out = torch.empty_like(q)
         for rows, columns, mask in _chunks(q, seen):
-            out[:, rows] = _capped(q[:, rows], k[:, columns], v[:, columns], mask, seen.softcap, scale)
+            out[:, rows] = _written_out(q[:, rows], k[:, columns], v[:, columns], mask, seen.softcap, scale)
         return out, ()
 
 
@@ -59,7 +59,7 @@ def sdpa_backward(
     for rows, columns, mask in _chunks(q, seen):
         some_q, some_k, some_v = _leaves(q[:, rows], k[:, columns], v[:, columns])
         with torch.enable_grad():
-            again = _capped(some_q, some_k, some_v, mask, seen.softcap, scale)
+            again = _written_out(some_q, some_k, some_v, mask, seen.softcap, scale)
         dq[:, rows], some_dk, some_dv = torch.autograd.grad(again, (some_q, some_k, some_v), dout[:, rows])
         dk[:, columns] += some_dk
         dv[:, columns] += some_dv
@@ -91,7 +91,7 @@ def _chunks(q: torch.Tensor, seen: Seen) -> Iterator[tuple[slice, slice, torch.T
         yield slice(queries.start, queries.stop), slice(keys.start, keys.stop), mask
 
 
-def _capped(
+def _written_out(
     q_BRHd: torch.Tensor,
     k_BCKd: torch.Tensor,
     v_BCKd: torch.Tensor,
