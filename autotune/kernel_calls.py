@@ -4,14 +4,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastft.kernels.adapted import triton as adapted
 from fastft.kernels.cross_entropy import triton as cross_entropy
-from fastft.kernels.launches import Bucket
+from fastft.kernels.launches import Bucket, Launches
 from fastft.kernels.lora_linear import AdapterTerm
 from fastft.kernels.lora_linear import triton as lora_linear
 
@@ -19,7 +19,7 @@ from fastft.kernels.lora_linear import triton as lora_linear
 class KernelCall(NamedTuple):
     """A call on buffers of its own; what it does in place, it does again when it is called again."""
 
-    run: Callable[[], Sequence[Tensor | None]]
+    run: Callable[[Launches], Sequence[Tensor | None]]
     bytes_moved: int
     """What it cannot avoid reading and writing."""
     results: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]] = lambda made: made
@@ -63,7 +63,9 @@ def _activate(sizes: tuple[int, ...], T: int, random: _Random) -> KernelCall:
     inputs, F, R = sizes
     gate, up = random(T, F), random(T, F) if inputs == 2 else None
     terms = random.term(T, R, F), None if up is None else random.term(T, R, F)
-    return KernelCall(lambda: [adapted.activate(gate, up, "silu", *terms)], (inputs + 1) * gate.nbytes)
+    return KernelCall(
+        lambda launches: [adapted.activate(gate, up, "silu", *terms, launches=launches)], (inputs + 1) * gate.nbytes
+    )
 
 
 def _activate_backward(sizes: tuple[int, ...], T: int, random: _Random) -> KernelCall:
@@ -74,13 +76,15 @@ def _activate_backward(sizes: tuple[int, ...], T: int, random: _Random) -> Kerne
 
     terms = gate_term, up_term, dact_term
     moved = (2 * inputs + 1) * gate.nbytes
-    return KernelCall(lambda: adapted.activate_backward(dact, gate, up, "silu", *terms), moved)
+    return KernelCall(
+        lambda launches: adapted.activate_backward(dact, gate, up, "silu", *terms, launches=launches), moved
+    )
 
 
 def _add(sizes: tuple[int, ...], T: int, random: _Random) -> KernelCall:
     F, R = sizes
     x, residual, term = random(T, F), random(T, F), random.term(T, R, F)
-    return KernelCall(lambda: [adapted.add(x, residual, term, 0.5)], 3 * x.nbytes)
+    return KernelCall(lambda launches: [adapted.add(x, residual, term, 0.5, launches=launches)], 3 * x.nbytes)
 
 
 def _rotate(sizes: tuple[int, ...], T: int, random: _Random) -> KernelCall:
@@ -90,8 +94,9 @@ def _rotate(sizes: tuple[int, ...], T: int, random: _Random) -> KernelCall:
     angles = random(T, d // 2).repeat(1, 2)
     cos, sin = angles.cos(), angles.sin()
 
-    def run() -> list[Tensor]:
-        adapted.rotate_(q.view(T, q_heads, d), k.view(T, k_heads, d), cos, sin, q_term, k_term)
+    def run(launches: Launches) -> list[Tensor]:
+        heads = q.view(T, q_heads, d), k.view(T, k_heads, d)
+        adapted.rotate_(*heads, cos, sin, q_term, k_term, launches=launches)
         return [q, k]
 
     return KernelCall(run, 2 * (q.nbytes + k.nbytes))
@@ -103,8 +108,9 @@ def _narrow_gradients(sizes: tuple[int, ...], T: int, random: _Random) -> Kernel
     dy, low = [random(T, width) for width in widths], random(T, R * len(widths))
     group = [_Adapter(random(R, 1), random(width, R).float()) for width in widths]
 
-    def run() -> list[Tensor | None]:
-        dlow, db = lora_linear.narrow_gradients(dy, low, group)  # type: ignore[arg-type]  # it reads no more of them
+    def run(launches: Launches) -> list[Tensor | None]:
+        linears: Any = group  # no more of them is read
+        dlow, db = lora_linear.narrow_gradients(dy, low, linears, launches=launches)
         return [dlow, *db]
 
     return KernelCall(run, sum(d.nbytes for d in dy))
@@ -120,7 +126,11 @@ def _cross_entropy(sizes: tuple[int, ...], N: int, random: _Random) -> KernelCal
         # Launches may divide by different numbers; the gradient is the same.
         return [loss, None if divisor is None else logits / divisor.unsqueeze(1)]
 
-    return KernelCall(lambda: cross_entropy.cross_entropy_(logits, targets, 1.0), 2 * logits.nbytes, results)
+    return KernelCall(
+        lambda launches: cross_entropy.cross_entropy_(logits, targets, 1.0, launches=launches),
+        2 * logits.nbytes,
+        results,
+    )
 
 
 _MAKERS: dict[str, Callable[[tuple[int, ...], int, _Random], KernelCall]] = {

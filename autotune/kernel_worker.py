@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from autotune.kernel_comparison import Limits, Subject, compare_launches
-from fastft.kernels.launches import OPERATIONS, Bucket, Launch, launches_used
+from fastft.kernels.launches import OPERATIONS, Bucket, Launch
 from fastft.plan import KernelTrial
 from fastft.processes import die_with_parent, end_at_once
 
@@ -92,8 +92,7 @@ class CudaSubject:
         if not self._calls:
             self._calls.append(self._call(0))
             self._calls += [self._call(seed) for seed in range(1, rotations(self._calls[0].bytes_moved))]
-        with launches_used({self.bucket: launch}):
-            graph = capture([call.run for call in self._calls])
+        graph = capture([partial(call.run, {self.bucket: launch}) for call in self._calls])
         return 1e3 * replay_ms(graph, ROUNDS) / CALLS
 
     def recover(self) -> None:
@@ -114,8 +113,7 @@ class CudaSubject:
 
     def _results(self, launch: Launch) -> Sequence[Any]:
         call = self._call(0)
-        with launches_used({self.bucket: launch}):
-            return call.results(call.run())
+        return call.results(call.run({self.bucket: launch}))
 
 
 def difference(results: Sequence[Any], expected: Sequence[Any], allowed: float) -> str:

@@ -9,11 +9,13 @@ The names and signatures of the operations are in `docs/design.md`.
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from fastft.errors import BackendError, unknown_choice
+from fastft.kernels.launches import DEFAULTS, Launches
 
 if TYPE_CHECKING:
     from fastft.kernels.adapted import Gradients
@@ -39,6 +41,25 @@ class Backend(NamedTuple):
     rotate_adapted_: Callable[..., None]
     max_rank: int
     """The largest rank for which the four above pay; an adapter of another is added where it is made."""
+    launches: Launches = DEFAULTS
+    """How their kernels are laid out where that is not the default; eager ones have no kernels."""
+
+    def with_launches(self, launches: Launches) -> "Backend":
+        """The same operations, whose kernels are laid out as `launches` says."""
+        tunable = _TUNABLE if launches and self.name == "triton" else ()
+        laid_out: dict[str, Any] = {name: partial(getattr(self, name), launches=launches) for name in tunable}
+        return self._replace(launches=launches, **laid_out)
+
+
+_TUNABLE = (
+    "narrow_gradients",
+    "cross_entropy_",
+    "activate_adapted",
+    "activate_adapted_backward",
+    "add_adapted",
+    "rotate_adapted_",
+)
+"""The operations whose launches `fastft.kernels.launches` declares."""
 
 
 def _eager() -> Backend:

@@ -28,6 +28,20 @@ class _Attached(NamedTuple):
     """What stood there, in the module's own `__dict__`."""
 
 
+class WeakModule:
+    """A module, while it lives; in a deep copy of a patched model, the copy."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def __call__(self) -> nn.Module | None:
+        return self._module()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WeakModule":
+        copied = memo.get(id(self._module()))
+        return self if copied is None else WeakModule(copied)
+
+
 class _Listed:
     """The sets in which a module stands, and in which a deep copy of it, patched as it is, shall stand too."""
 
@@ -103,7 +117,15 @@ def _getstate(self: nn.Module) -> dict[str, Any]:
 
 
 def _replicate(self: nn.Module) -> Any:
-    """A replica for nn.DataParallel, stock: the engine's methods would be those of the first device's module."""
+    """A replica for nn.DataParallel, stock: the engine's methods would be those of the first device's module.
+
+    Raises:
+        BackendError: the model was patched with `strict`.
+    """
+    state = self.__dict__[STATE]
+    if state.settings.model() is self:
+        state.settings.ledger.whole("nn.DataParallel runs replicas of the model, in threads of one process")
+        state.settings.ledger.tell()
     made = type(self)._replicate_for_data_parallel(self)
     _strip(made.__dict__)
     return made

@@ -20,6 +20,7 @@ _REMEDIES = (
     ("a tuple", "leave out return_dict=False"),
     ("sdpa leaves out its soft-cap", "load it with attn_implementation='eager'"),
     ("not sdpa or eager", "load it with attn_implementation='sdpa'"),
+    ("nn.DataParallel", "start one process a GPU, torchrun --nproc-per-node=2 script.py say"),
 )
 """What would let a module run fused, by what its reason says."""
 

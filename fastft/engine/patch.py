@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from fastft.backends import Backend, load_backend
 from fastft.engine import optimizer_step, walks
-from fastft.engine.attach import STATE, attach, detach, list_in
+from fastft.engine.attach import STATE, WeakModule, attach, detach, list_in
 from fastft.engine.backbone import backbone_forward
 from fastft.engine.forwards import layer_forward
 from fastft.engine.generic import (
@@ -38,7 +38,7 @@ from fastft.engine.state import EngineSettings, ModuleState, Placed, policy_of, 
 from fastft.engine.support import why_no_head, why_no_layer, why_no_norm
 from fastft.errors import ConfigError, ModelError, unknown_choice
 from fastft.kernels.attention.library import ATTENTION
-from fastft.kernels.launches import read_launches, use_launches
+from fastft.kernels.launches import read_launches
 from fastft.models.spec import SPECS
 from fastft.plan import POLICIES, Policy
 
@@ -82,7 +82,7 @@ def patch_model(
         graphs: auto replays CUDA graphs where a step is small enough to be bound by its launches, on for any size,
             off never.  Where `placement` is a function, its answer counts.
         kernels: the Triton kernels' launches where they are not the defaults, as `fastft.plan.Choices.kernels` has
-            them.  They hold for the whole process, until a model is patched again.
+            them.  They hold for this model.
         strict: a decoder layer, norm, LoRA linear, or head with loss that cannot run fused is an error instead of a
             line in the ledger.  What the engine has nothing for, whatever is changed about it, is no error: decoder
             layers without a specification, other norms, adapters on anything but linear layers.
@@ -107,8 +107,7 @@ def patch_model(
             "mlp_chunk_tokens is not valid", got=mlp_chunk_tokens, allowed="1 or more, or None",
             fix="use 4096, or leave it out",
         )  # fmt: skip
-    launches = read_launches(kernels or {})
-    ops = load_backend(backend)
+    ops = load_backend(backend).with_launches(read_launches(kernels or {}))
     unspecified = _why_unspecified(causal_lm, family)
     if unspecified is not None:
         asked = {
@@ -121,7 +120,6 @@ def patch_model(
         }
         chosen = [name for name, was in asked.items() if was]
         ledger = _patch_parts_only(causal_lm, unspecified, chosen, ops, loss_chunk_tokens, strict=strict)
-        use_launches(launches)
         walks.install(model)
         list_in(_patched, causal_lm)
         return ledger
@@ -136,12 +134,11 @@ def patch_model(
     chooser = placement if callable(placement) else None
     policies = _policies("light" if placement is None or callable(placement) else placement, len(layers))
     unpatch_model(model)
-    use_launches(launches)
     ledger = Ledger(strict=strict, model=type(causal_lm).__name__)
     settings = EngineSettings(
         ops=ops,
         spec=spec,
-        model=weakref.ref(causal_lm),
+        model=WeakModule(causal_lm),
         ledger=ledger,
         placement=policies,
         attention=attention,
@@ -219,7 +216,7 @@ def _patch_parts_only(
     ledger = Ledger(strict=strict, model=type(model).__name__)
     settings = EngineSettings(
         ops=ops,
-        model=weakref.ref(model),
+        model=WeakModule(model),
         spec=None,  # type: ignore[arg-type]  # no forward of a part reads it
         ledger=ledger,
         placement=[],

@@ -1,16 +1,17 @@
 """Which launches of the fused kernels can be tuned: their defaults, what else may be tried, and what a plan chose.
 
 A *bucket* is a problem as far as its launch depends on it: the operation, its widths and rank, the size of an element,
-and the tokens up to the next power of two.  A launcher asks `launch_for` for its bucket's launch.  Every launch that is
-declared here gives the same results up to the order of sums.  Kernels that hold whole rows (norms) or whose programs
+and the tokens up to the next power of two.  What a plan chose is a mapping from buckets to launches; it goes with the
+call (`Backend.with_launches`), so that two models of one process keep their own.  Every launch that is declared here
+gives the same results up to the order of sums.  Kernels that hold whole rows (norms) or whose programs
 need nothing of each other (the plain activation, dequantization) run at the speed of a copy and are not tuned.
 
 No torch and no Triton here: plans are read and checked without them.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from fastft.errors import PlanError
@@ -214,7 +215,9 @@ OPERATIONS: dict[str, Operation] = {
     "cross_entropy": Operation(("V",), lambda _: _CROSS_ENTROPY[0], _CROSS_ENTROPY, lambda _: 0),
 }  # fmt: skip
 
-_chosen: dict[Bucket, Launch] = {}
+Launches = Mapping[Bucket, Launch]
+"""What a plan chose; a bucket that it leaves out has its default."""
+DEFAULTS: Launches = MappingProxyType({})
 
 
 def bucket_of(operation: str, sizes: tuple[int, ...], bits: int, tokens: int) -> Bucket:
@@ -223,27 +226,10 @@ def bucket_of(operation: str, sizes: tuple[int, ...], bits: int, tokens: int) ->
     return Bucket(operation, sizes, bits, 1 << (bounded - 1).bit_length())
 
 
-def launch_for(operation: str, sizes: tuple[int, ...], element_bytes: int, tokens: int) -> Launch:
-    """The launch of a problem: what a plan chose for its bucket, else the default."""
+def launch_for(operation: str, sizes: tuple[int, ...], element_bytes: int, tokens: int, launches: Launches) -> Launch:
+    """The launch of a problem: what `launches` has for its bucket, else the default."""
     bucket = bucket_of(operation, sizes, 8 * element_bytes, tokens)
-    return _chosen.get(bucket) or OPERATIONS[operation].default(bucket)
-
-
-def use_launches(launches: Mapping[Bucket, Launch]) -> None:
-    """From now on and in all of this process, these launches for these buckets and the defaults for all others."""
-    global _chosen
-    _chosen = dict(launches)
-
-
-@contextmanager
-def launches_used(launches: Mapping[Bucket, Launch]) -> Iterator[None]:
-    """These launches, beside what is in use, until the end of the context."""
-    before = _chosen
-    use_launches({**before, **launches})
-    try:
-        yield
-    finally:
-        use_launches(before)
+    return launches.get(bucket) or OPERATIONS[operation].default(bucket)
 
 
 def read_launches(kernels: Mapping[str, Sequence[int]]) -> dict[Bucket, Launch]:

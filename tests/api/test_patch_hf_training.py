@@ -11,11 +11,10 @@ import transformers
 from torch import Tensor
 
 from api_models import assert_equals_stock, gradients_of, olmo2_config, stock_model
-from api_plans import BUCKET, default_launch, make_plan, other_launch, ship
+from api_plans import BUCKET, add_launch, default_launch, make_plan, other_launch, ship
 from fastft import ledger_of, patch_hf_training
 from fastft.engine.patch import placement_of
 from fastft.errors import BackendError, FastftError
-from fastft.kernels.launches import launch_for
 from fastft.models.shapes import SHAPES
 from fastft.plan_store import PlanStore
 
@@ -26,14 +25,12 @@ def test_launches_of_plans_for_the_same_widths_are_followed_and_nothing_else(mon
     monkeypatch.setattr("fastft.api._backend_name", lambda *_: "triton")
     with patch_hf_training(backend="triton"):
         model = stock_model()
-        assert launch_for("add", (64, 16), 4, 100) == tuple(launch)
+        assert add_launch(model) == tuple(launch)
         assert placement_of(model) == ["light"] * 3
-        stock_model(r=5)
-        assert launch_for("add", (64, 16), 4, 100) == default_launch(), "a plan for another rank"
+        assert add_launch(stock_model(r=5)) == default_launch(), "a plan for another rank"
         ship(kernels={BUCKET: launch})
         PlanStore().path(make_plan().key).unlink()
-        stock_model()
-        assert launch_for("add", (64, 16), 4, 100) == default_launch(), "timed with other kernels"
+        assert add_launch(stock_model()) == default_launch(), "timed with other kernels"
 
 
 def test_models_made_inside_are_fast_and_stock_afterwards(device):

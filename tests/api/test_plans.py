@@ -9,11 +9,10 @@ import torch
 import transformers
 
 from api_models import assert_equals_stock, load
-from api_plans import BUCKET, adapt, default_launch, make_plan, other_launch, ship
+from api_plans import BUCKET, adapt, add_launch, default_launch, make_plan, other_launch, ship
 from fastft import FastLanguageModel, ledger_of
 from fastft.engine.patch import placement_of
 from fastft.errors import ConfigError, PlanError
-from fastft.kernels.launches import launch_for
 from fastft.models.shapes import SHAPES
 from fastft.plan_store import PlanStore
 from fastft.plans.verification import Verifications, rejected
@@ -35,10 +34,10 @@ def test_a_cached_plan_is_followed_whatever_the_batch(caplog):
 def test_a_plan_decides_how_kernels_are_launched():
     launch = list(other_launch())
     PlanStore().save(make_plan(kernels={BUCKET: launch}))
-    adapt()
-    assert launch_for("add", (64, 16), 4, 100) == tuple(launch)
-    adapt(plan="none")
-    assert launch_for("add", (64, 16), 4, 100) == default_launch(), "without a plan, by default"
+    planned = adapt()
+    assert add_launch(planned) == tuple(launch)
+    assert add_launch(adapt(plan="none")) == default_launch(), "without a plan, by default"
+    assert add_launch(planned) == tuple(launch)
 
 
 def test_a_plan_file_is_followed_or_refused_by_the_differing_field(tmp_path):

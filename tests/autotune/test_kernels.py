@@ -100,12 +100,15 @@ def test_the_buckets_are_those_of_a_step(
         model=name, sequence_tokens=16, batch_size=2, lora=LoraConfig(rank=4, targets=targets), dtype="fp32",
         device=device.type, backend="triton",
     )  # fmt: skip
-    asked: set[Bucket] = set()
+    asked: dict[Bucket, Launch] = {}
     choose = launches.launch_for
 
-    def spy(operation: str, sizes: tuple[int, ...], element_bytes: int, tokens: int) -> Launch:
-        asked.add(launches.bucket_of(operation, sizes, 8 * element_bytes, tokens))
-        return choose(operation, sizes, element_bytes, tokens)
+    def spy(
+        operation: str, sizes: tuple[int, ...], element_bytes: int, tokens: int, chosen: launches.Launches
+    ) -> Launch:
+        bucket = launches.bucket_of(operation, sizes, 8 * element_bytes, tokens)
+        asked[bucket] = choose(operation, sizes, element_bytes, tokens, chosen)
+        return asked[bucket]
 
     for module in ("adapted", "lora_linear", "cross_entropy"):
         monkeypatch.setattr(f"fastft.kernels.{module}.triton.launch_for", spy)
@@ -113,11 +116,9 @@ def test_the_buckets_are_those_of_a_step(
     choices = Choices(
         backend="triton", micro_batch=2, accumulation=1, placement=["light"] * shape.layers, kernels=seconds_of(buckets)
     )
-    monkeypatch.setattr(launches, "_chosen", {})
     session = build_session(config, choices)
     session.step(random_batch(shape.vocabulary, 2, 16, seed=0))
-    assert set(buckets) == asked
-    assert {bucket: list(choose(bucket[0], bucket[1], 4, 32)) for bucket in buckets} == {
+    assert {bucket: list(launch) for bucket, launch in asked.items()} == {
         bucket: choices.kernels[bucket.name] for bucket in buckets
     }, "the session launches as chosen"
 

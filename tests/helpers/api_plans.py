@@ -5,8 +5,10 @@ from typing import Any
 from api_models import load
 from fastft import FastLanguageModel
 from fastft.config import RunConfig
+from fastft.engine.patch import base_model
+from fastft.engine.state import state_of
 from fastft.hardware import detect_device
-from fastft.kernels.launches import OPERATIONS, Bucket
+from fastft.kernels.launches import OPERATIONS, Bucket, launch_for
 from fastft.models.shapes import SHAPES
 from fastft.plan import Choices, Evidence, Plan
 from fastft.planning import plan_key
@@ -32,6 +34,12 @@ def adapt(**more: Any) -> Any:
 
 def default_launch() -> Any:
     return OPERATIONS["add"].default(Bucket.parse(BUCKET))
+
+
+def add_launch(model: Any) -> Any:
+    """The launch of `model`'s residual additions."""
+    launches = state_of(base_model(model)).settings.ops.launches
+    return launch_for("add", (64, 16), 4, 100, launches)
 
 
 def other_launch() -> Any:

@@ -1,30 +1,32 @@
 """Launches: how they are named, chosen and used; that none of them changes a result."""
 
-from collections.abc import Iterator
+import copy
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
 from autotune.kernel_calls import kernel_call
 from autotune.kernel_worker import LARGEST_ERROR, difference
+from fastft.engine.patch import patch_model
 from fastft.errors import PlanError
 from fastft.kernels import launches
 from fastft.kernels.activation import reference
 from fastft.kernels.adapted import triton as adapted
 from fastft.kernels.launches import (
+    DEFAULTS,
     FULL_TOKENS,
     OPERATIONS,
     Bucket,
     Launch,
     bucket_of,
     launch_for,
-    launches_used,
     read_launches,
-    use_launches,
 )
 from fastft.kernels.lora_linear import AdapterTerm
+from fastft.models.loading import load_model, resolve_model
 
 BUCKET = bucket_of("activate", (2, 100, 16), 32, 63)
 OTHER = OPERATIONS["activate"].launches[2]
@@ -37,12 +39,6 @@ ODD = {
     "narrow_gradients": [(1, (300, 17, 40, 16)), (300, (300, 17, 40, 16)), (300, (63, 0, 0, 32))],
     "cross_entropy": [(1, (63,)), (3, (20011,))],
 }
-
-
-@pytest.fixture(autouse=True)
-def _defaults_again() -> Iterator[None]:
-    yield
-    use_launches({})
 
 
 @given(
@@ -89,27 +85,20 @@ def test_defaults_are_declared_and_come_first() -> None:
             for width in (64, 8192):
                 bucket = Bucket(operation, (width,) * len(table.sizes), bits, 256)
                 first, *others = table.candidates(bucket)
-                assert first == table.default(bucket) == launch_for(operation, bucket.sizes, bits // 8, 256)
+                assert first == table.default(bucket) == launch_for(operation, bucket.sizes, bits // 8, 256, DEFAULTS)
                 assert sorted([first, *others]) == sorted(table.launches)
                 assert table.candidates(bucket, 2) == [first, *others[:2]]
 
 
-def test_a_choice_holds_for_its_bucket_and_until_it_is_taken_back() -> None:
+def test_a_choice_holds_for_its_bucket() -> None:
     default = OPERATIONS["activate"].default(BUCKET)
+    chosen = read_launches({BUCKET.name: list(OTHER)})
 
-    def now(rank: int = 16, element_bytes: int = 4, tokens: int = 63) -> Launch:
-        return launch_for("activate", (2, 100, rank), element_bytes, tokens)
+    def launch(rank: int = 16, element_bytes: int = 4, tokens: int = 63) -> Launch:
+        return launch_for("activate", (2, 100, rank), element_bytes, tokens, chosen)
 
-    use_launches(read_launches({BUCKET.name: list(OTHER)}))
-    assert (now(), now(tokens=256)) == (OTHER, OTHER)
-    assert (now(rank=32), now(element_bytes=2), now(tokens=257)) == (default, default, default)
-    with launches_used({BUCKET._replace(tokens=512): default, BUCKET: default}):
-        assert (now(), now(tokens=257)) == (default, default)
-    with launches_used({BUCKET._replace(tokens=512): OTHER}):
-        assert (now(), now(tokens=257)) == (OTHER, OTHER), "beside what is in use"
-    assert (now(), now(tokens=257)) == (OTHER, default)
-    use_launches({})
-    assert now() == default
+    assert (launch(), launch(tokens=256)) == (OTHER, OTHER)
+    assert (launch(rank=32), launch(element_bytes=2), launch(tokens=257)) == (default, default, default)
 
 
 def test_a_choice_reaches_the_kernel(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,8 +118,8 @@ def test_a_choice_reaches_the_kernel(device: torch.device, monkeypatch: pytest.M
     plain = reference.activate(*(x + t.low_TR @ t.matrix_RO for x, t in zip((gate, up), terms, strict=True)), "silu")
     chosen = [OPERATIONS["activate"].default(BUCKET), OTHER]
     for launch in chosen:
-        use_launches({BUCKET: launch})
-        torch.testing.assert_close(adapted.activate(gate, up, "silu", *terms), plain, atol=1e-4, rtol=1e-4)
+        act = adapted.activate(gate, up, "silu", *terms, launches={BUCKET: launch})
+        torch.testing.assert_close(act, plain, atol=1e-4, rtol=1e-4)
     assert seen == [(block_t, block_f, warps, stages) for block_t, block_f, warps, _, stages in chosen]
 
 
@@ -148,8 +137,7 @@ def test_every_launch_gives_the_same(operation: str, device: torch.device) -> No
 
 def _results(problem: Bucket, asked: Bucket, launch: Launch, device: torch.device):
     call = kernel_call(problem, torch.float32, device=device.type, seed=3)
-    with launches_used({asked: launch}):
-        return call.results(call.run())
+    return call.results(call.run({asked: launch}))
 
 
 def test_a_wrong_result_is_told_from_another_order_of_sums() -> None:
@@ -162,19 +150,43 @@ def test_a_wrong_result_is_told_from_another_order_of_sums() -> None:
         assert difference([wrong, None], expected, 1e-5).startswith("result 0 is off")
 
 
-def test_patching_a_model_decides_for_the_process() -> None:
-    from peft import LoraConfig, get_peft_model
+def test_two_models_of_a_process_keep_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[tuple[Bucket, Launch]] = []
+    choose = launches.launch_for
 
-    from fastft.engine.patch import patch_model, unpatch_model
-    from fastft.models.loading import load_model, resolve_model
+    def spy(
+        operation: str, sizes: tuple[int, ...], element_bytes: int, tokens: int, chosen: launches.Launches
+    ) -> Launch:
+        launch = choose(operation, sizes, element_bytes, tokens, chosen)
+        used.append((bucket_of(operation, sizes, 8 * element_bytes, tokens), launch))
+        return launch
 
-    model = load_model(resolve_model("toy-llama", offline=True), dtype=torch.float32, device="cpu")
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
-    patch_model(model, backend="eager", kernels={BUCKET.name: list(OTHER)})
-    assert launches._chosen == {BUCKET: OTHER}
+    for module in ("adapted", "lora_linear", "cross_entropy"):
+        monkeypatch.setattr(f"fastft.kernels.{module}.triton.launch_for", spy)
+
+    def patched(kernels: dict[str, list[int]]) -> torch.nn.Module:
+        model = load_model(resolve_model("toy-llama", offline=True), dtype=torch.float32, device="cpu")
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+        patch_model(model, backend="triton", kernels=kernels)
+        return model
+
+    def step(model: torch.nn.Module) -> dict[Bucket, Launch]:
+        used.clear()
+        ids = torch.arange(2, 14)[None]
+        model(input_ids=ids, labels=ids).loss.backward()
+        launched = dict(used)
+        assert len(launched) == len(set(used)), "one launch a bucket"
+        return launched
+
+    plain = patched({})
+    defaults = step(plain)
+    assert {bucket.operation for bucket in defaults} == set(OPERATIONS)
+    others = {bucket: OPERATIONS[bucket.operation].candidates(bucket)[-1] for bucket in defaults}
+    planned = patched({bucket.name: list(launch) for bucket, launch in others.items()})
+    assert step(planned) == others
+    assert step(plain) == defaults == {bucket: OPERATIONS[bucket.operation].default(bucket) for bucket in defaults}
     with pytest.raises(PlanError, match="unknown operation"):
-        patch_model(model, backend="eager", kernels={"fly/1/16bit/256": [1]})
-    assert launches._chosen == {BUCKET: OTHER}, "a refused patch changes nothing"
-    patch_model(model, backend="eager")
-    assert launches._chosen == {}
-    unpatch_model(model)
+        patch_model(planned, backend="triton", kernels={"fly/1/16bit/256": [1]})
+    assert step(copy.deepcopy(planned)) == step(planned) == others, "a refused patch changes nothing"
+    patch_model(planned, backend="triton")
+    assert step(planned) == defaults

@@ -25,7 +25,7 @@ from fastft.kernels.launch import (
     rank_block,
     unit_stride,
 )
-from fastft.kernels.launches import launch_for
+from fastft.kernels.launches import DEFAULTS, Launches, launch_for
 from fastft.kernels.lora_linear import AdapterTerm
 from fastft.kernels.lora_linear.triton import dot, narrow_rows, store_sum
 from fastft.kernels.rope import rotary_width
@@ -218,6 +218,8 @@ def activate(
     kind: ActivationKind,
     gate_term: AdapterTerm | None = None,
     up_term: AdapterTerm | None = None,
+    *,
+    launches: Launches = DEFAULTS,
 ) -> Tensor:
     """`act_TF`; see `reference.activate`.  Sums are fp32; ranks at most `launches.MAX_RANK`."""
     T, F = gate_TF.shape
@@ -226,7 +228,7 @@ def activate(
     if act_TF.numel():
         gate, up = _arguments(gate_term), _arguments(up_term)
         block_r = rank_block(gate.rank, up.rank)
-        launch = launch_for("activate", (1 if up_TF is None else 2, F, block_r), gate_TF.element_size(), T)
+        launch = launch_for("activate", (1 if up_TF is None else 2, F, block_r), gate_TF.element_size(), T, launches)
         grid, rows_each = launch.grid(T, F)
         with device_guard(gate_TF):
             _activate_kernel[grid](
@@ -251,6 +253,7 @@ def activate_backward(
     *,
     overwrite: bool = False,
     dtype: torch.dtype = torch.float32,
+    launches: Launches = DEFAULTS,
 ) -> Gradients:
     """See `reference.activate_backward`; sums and ranks as in `activate`.  The rows of `out` are contiguous."""
     T, F = gate_TF.shape
@@ -259,7 +262,8 @@ def activate_backward(
     gate, up, down = _arguments(gate_term), _arguments(up_term), _arguments(dact_term)
     sizes = [F * each.rank for each in (gate, up, down)]
     block_r = rank_block(gate.rank, up.rank, down.rank)
-    launch = launch_for("activate_backward", (1 if up_TF is None else 2, F, block_r), gate_TF.element_size(), T)
+    inputs_of_act = 1 if up_TF is None else 2
+    launch = launch_for("activate_backward", (inputs_of_act, F, block_r), gate_TF.element_size(), T, launches)
     grid, rows_each = launch.grid(T, F)
     sums_SN = torch.empty((grid[1], sum(sizes)), dtype=torch.float32, device=gate_TF.device)
     if gate_TF.numel():
@@ -286,14 +290,16 @@ def activate_backward(
     )
 
 
-def add(x_TF: Tensor, residual_TF: Tensor, term: AdapterTerm, multiplier: float = 1.0) -> Tensor:
+def add(
+    x_TF: Tensor, residual_TF: Tensor, term: AdapterTerm, multiplier: float = 1.0, *, launches: Launches = DEFAULTS
+) -> Tensor:
     """See `reference.add`; the sum is rounded once."""
     T, F = x_TF.shape
     x_TF, residual_TF = x_TF.contiguous(), unit_stride(residual_TF)
     if x_TF.numel():
         arguments = _arguments(term)
         block_r = rank_block(arguments.rank)
-        launch = launch_for("add", (F, block_r), x_TF.element_size(), T)
+        launch = launch_for("add", (F, block_r), x_TF.element_size(), T, launches)
         grid, rows_each = launch.grid(T, F)
         with device_guard(x_TF):
             _add_kernel[grid](
@@ -314,6 +320,7 @@ def rotate_(
     k_term: AdapterTerm | None = None,
     *,
     inverse: bool = False,
+    launches: Launches = DEFAULTS,
 ) -> None:
     """See `reference.rotate_`; sums and ranks as in `activate`, rounded once.
 
@@ -334,7 +341,8 @@ def rotate_(
         cos_Sr, sin_Sr = unit_stride(cos_Sr), unit_stride(sin_Sr)
         q, k = _arguments(q_term), _arguments(k_term)
         k_heads, block_r = k_THd.shape[1], rank_block(rank)
-        launch = launch_for("rotate", (H, k_heads, d, block_r if rank else 0), q_THd.element_size(), T)
+        sizes = (H, k_heads, d, block_r if rank else 0)
+        launch = launch_for("rotate", sizes, q_THd.element_size(), T, launches)
         grid, rows_each = launch.shared(T, H + k_heads)
         with device_guard(q_THd):
             _rotate_kernel[grid](

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastft.kernels.cross_entropy import LogitTransform, reference
 from fastft.kernels.cross_entropy.reference import scale_tensor
 from fastft.kernels.launch import device_guard, next_power_of_2
-from fastft.kernels.launches import launch_for
+from fastft.kernels.launches import DEFAULTS, Launches, launch_for
 
 _MIN_BLOCK_V = 32  # one warp's threads
 _NEIGHBOURS = tl.constexpr(4)
@@ -146,6 +146,8 @@ def cross_entropy_(
     targets_N: Tensor,
     scale: float | Tensor | None = None,
     transform: LogitTransform = LogitTransform(),  # noqa: B008
+    *,
+    launches: Launches = DEFAULTS,
 ) -> tuple[Tensor, Tensor | None]:
     """`(loss_N, divisor_N)`; see `reference.cross_entropy_`.
 
@@ -155,25 +157,26 @@ def cross_entropy_(
         return reference.cross_entropy_(logits_NV, targets_N, scale, transform)
     loss_N = torch.empty(logits_NV.shape[:1], dtype=torch.float32, device=logits_NV.device)
     if scale is None:
-        _launch(logits_NV, targets_N, None, None, loss_N, None, transform)
+        _launch(logits_NV, targets_N, None, None, loss_N, None, transform, launches)
         return loss_N, None
     divisor_N, lse_N = torch.empty_like(loss_N), None
     if logits_NV.dtype == torch.float16:
         # An undivided gradient may be over fp16's largest number, so here the rows' sums are taken first.
         lse_N = torch.empty_like(loss_N)
-        _launch(logits_NV, targets_N, None, lse_N, loss_N, None, transform)
-    _launch(logits_NV, targets_N, scale_tensor(scale, logits_NV.device), lse_N, loss_N, divisor_N, transform)
+        _launch(logits_NV, targets_N, None, lse_N, loss_N, None, transform, launches)
+    scale_1 = scale_tensor(scale, logits_NV.device)
+    _launch(logits_NV, targets_N, scale_1, lse_N, loss_N, divisor_N, transform, launches)
     return loss_N, divisor_N
 
 
 def _launch(
     logits_NV: Tensor, targets_N: Tensor, scale_1: Tensor | None, lse_N: Tensor | None, loss_N: Tensor,
-    divisor_N: Tensor | None, transform: LogitTransform,
+    divisor_N: Tensor | None, transform: LogitTransform, launches: Launches,
 ) -> None:  # fmt: skip
     N, V = logits_NV.shape
     if N == 0:
         return
-    launch = launch_for("cross_entropy", (V,), logits_NV.element_size(), N)
+    launch = launch_for("cross_entropy", (V,), logits_NV.element_size(), N, launches)
     block = min(launch.block_f, max(_MIN_BLOCK_V, next_power_of_2(V)))
     # A narrower block has fewer warps in proportion.
     warps = max(1, launch.warps * block // launch.block_f)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels.launch import device_guard, optional_unit_stride, rank_block, unit_stride
-from fastft.kernels.launches import MAX_RANK, launch_for
+from fastft.kernels.launches import DEFAULTS, MAX_RANK, Launches, launch_for
 from fastft.kernels.lora_linear import reference
 from fastft.kernels.lora_linear.reference import Linear
 
@@ -138,7 +138,7 @@ _SUM_PARTS, _SUM_ELEMENTS, _SUM_WARPS = 16, 256, 2
 
 
 def narrow_gradients(
-    dy: Sequence[Tensor], low_TR: Tensor | None, group: Sequence[Linear]
+    dy: Sequence[Tensor], low_TR: Tensor | None, group: Sequence[Linear], *, launches: Launches = DEFAULTS
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """See `reference.narrow_gradients`.  Sums are fp32 and rounded once.
 
@@ -149,7 +149,7 @@ def narrow_gradients(
         return reference.narrow_gradients(dy, low_TR, group)
     layers, low_TR = _layers(adapted), optional_unit_stride(low_TR)
     with device_guard(layers.dy[0]):
-        dlow_TR, db_N = _add(layers, _make_parts(layers, low_TR))
+        dlow_TR, db_N = _add(layers, _make_parts(layers, low_TR, launches))
     if low_TR is None:
         return dlow_TR, [None] * len(group)
     db = iter(db_N.split(layers.sizes))
@@ -207,10 +207,11 @@ class _Parts(NamedTuple):
     """Of each layer, of C."""
 
 
-def _make_parts(layers: _Layers, low_TR: Tensor | None) -> _Parts:
+def _make_parts(layers: _Layers, low_TR: Tensor | None, launches: Launches) -> _Parts:
     T, device = len(layers.dy[0]), layers.dy[0].device
     block_r = rank_block(*layers.ranks)
-    launch = launch_for("narrow_gradients", (*layers.widths, block_r), layers.dy[0].element_size(), T)
+    sizes = (*layers.widths, block_r)
+    launch = launch_for("narrow_gradients", sizes, layers.dy[0].element_size(), T, launches)
     blocks = [-(-width // launch.block_f) for width in layers.widths]
     grid, rows_each = launch.shared(T, sum(blocks))
     dlow_CTR = torch.empty((grid[0], T, max(layers.ranks)), dtype=torch.float32, device=device)
