@@ -35,6 +35,7 @@ class WeakModule:
         self._module = weakref.ref(module)
 
     def __call__(self) -> nn.Module | None:
+        """The module, or None."""
         return self._module()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeakModule":
