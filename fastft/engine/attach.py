@@ -123,8 +123,8 @@ def _replicate(self: nn.Module) -> Any:
     Raises:
         BackendError: the model was patched with `strict`.
     """
-    state = self.__dict__[STATE]
-    if state.settings.model() is self:
+    state = self.__dict__.get(STATE)  # the PeftModel around it has none
+    if state is not None and state.settings.model() is self:
         state.settings.ledger.whole("nn.DataParallel runs replicas of the model, in threads of one process")
         state.settings.ledger.tell()
     made = type(self)._replicate_for_data_parallel(self)

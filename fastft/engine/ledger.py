@@ -125,14 +125,18 @@ class Ledger:
         """Log what is new since the last time, in one line."""
         if not self._new:
             return
-        parts = []
+        told: dict[tuple[str, str], list[str]] = defaultdict(list)
         for (kind, path, reason), names in self._new.items():
             self._told.add((kind, reason))
             total = sum(each.kind == kind for each in self.paths.values())
             what = names[0] if len(names) == 1 else f"{len(names)} of {max(total, len(names))} ({names[0]}, …)"
+            told[path, reason].append(f"{kind.replace('_', ' ')} {what}")
+        parts = []
+        for (path, reason), modules in told.items():
             remedy = next((fix for text, fix in _REMEDIES if text in reason), None)
             advice = f"; to change that: {remedy}" if remedy is not None else ""
-            parts.append(f"{kind.replace('_', ' ')} {what} runs as {path}, because {reason}{advice}")
+            verb = "runs" if len(modules) == 1 else "run"
+            parts.append(f"{', '.join(modules)} {verb} as {path}, because {reason}{advice}")
         self._new.clear()
         log.warning("%s: %s", self.model, " | ".join(parts))
 
