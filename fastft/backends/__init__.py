@@ -46,12 +46,12 @@ class Backend(NamedTuple):
 
     def with_launches(self, launches: Launches) -> "Backend":
         """The same operations, whose kernels are laid out as `launches` says."""
-        tunable = _TUNABLE if launches and self.name == "triton" else ()
+        tunable = TUNABLE if launches and self.name == "triton" else ()
         laid_out: dict[str, Any] = {name: partial(getattr(self, name), launches=launches) for name in tunable}
         return self._replace(launches=launches, **laid_out)
 
 
-_TUNABLE = (
+TUNABLE = (
     "narrow_gradients",
     "cross_entropy_",
     "activate_adapted",

@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
-from fastft.backends import BACKEND_NAMES, BACKENDS, Backend, load_backend, triton_can_run
+from fastft.backends import BACKEND_NAMES, BACKENDS, TUNABLE, Backend, load_backend, triton_can_run
 from fastft.errors import BackendError
+
+OPERATIONS = [name for name in Backend._fields if name not in ("name", "max_rank", "launches")]
 
 
 def test_the_names():
@@ -17,15 +19,32 @@ def test_the_names():
 
 
 def test_both_backends_take_the_same_arguments():
-    """`triton` replaces `eager` operation by operation, so a call must mean the same in both."""
+    """`triton` replaces `eager` operation by operation, so a call must mean the same in both; kernels alone are laid
+    out, by a keyword that the layer function never passes."""
     eager, triton = load_backend("eager"), load_backend("triton")
-    for operation in Backend._fields[1:-1]:
-        signatures = [
-            [(p.name, p.kind, p.default) for p in inspect.signature(getattr(backend, operation)).parameters.values()]
-            for backend in (eager, triton)
-        ]
-        assert signatures[0] == signatures[1], operation
+    laid_out = set()
+    for operation in OPERATIONS:
+        expected = list(inspect.signature(getattr(eager, operation)).parameters.values())
+        found = list(inspect.signature(getattr(triton, operation)).parameters.values())
+        if found[-1].name == "launches":
+            laid_out.add(operation)
+            assert found.pop().kind is inspect.Parameter.KEYWORD_ONLY, operation
+        shown = [[(p.name, p.kind, p.default) for p in parameters] for parameters in (expected, found)]
+        assert shown[0] == shown[1], operation
         assert getattr(eager, operation) is not getattr(triton, operation), operation
+    assert laid_out == set(TUNABLE)
+
+
+def test_launches_go_with_the_operations_that_have_them():
+    launches = {"lora": "a launch"}
+    laid_out = load_backend("triton").with_launches(launches)
+    for operation in OPERATIONS:
+        bound = getattr(getattr(laid_out, operation), "keywords", {})
+        assert bound == ({"launches": launches} if operation in TUNABLE else {}), operation
+    eager = load_backend("eager")
+    assert [getattr(eager.with_launches(launches), name) for name in OPERATIONS] == [
+        getattr(eager, name) for name in OPERATIONS
+    ]
 
 
 @pytest.mark.parametrize("name", ["tritn", "peft", ""])
