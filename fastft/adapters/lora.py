@@ -5,7 +5,6 @@ callbacks expect them, and are looked up again in every forward.
 """
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -13,7 +12,14 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fastft.models.identity import is_own, why_called_otherwise, why_no_linear
+from fastft.models.identity import (
+    is_own,
+    why_called_otherwise,
+    why_no_linear,
+    why_no_number,
+    why_no_values,
+    why_own_method,
+)
 from fastft.models.quantized import dense_weight, is_packed_for_cpu, is_quantized
 
 _CAPTURING = "transformers.utils.output_capturing"
@@ -86,8 +92,11 @@ def why_not_alone(module: nn.Module) -> str | None:
         # AdaLoRA's layers, for one, are LoraLayers too, and compute something else.
         if type(module).__module__.rpartition(".")[0] != "peft.tuners.lora":
             return f"{method_of(module)} is not plain LoRA"
-        if not is_own(type(module).forward) or why_called_otherwise(type(module)) is not None:
+        if not is_own(type(module).forward):
             return f"{type(module).__name__} has another forward than PEFT's"
+        reason = why_called_otherwise(type(module)) or why_own_method(module)
+        if reason is not None:
+            return reason
         if module.merged and module.disable_adapters:
             return "its adapter is merged and disabled"
         base = module.get_base_layer()
@@ -115,6 +124,8 @@ def why_not_alone(module: nn.Module) -> str | None:
         return "two adapter layers are nested"
     if is_packed_for_cpu(base):
         return PACKED
+    if (reason := why_no_values(base.weight)) is not None:
+        return f"its base weight {reason}"
     if base.weight.requires_grad:
         return "its base weight is trained"
     return None
@@ -131,6 +142,11 @@ def _why_no_adapter(module: Any, name: str) -> str | None:
     for linear in (module.lora_A[name], module.lora_B[name]):
         if type(linear) is not nn.Linear:
             return f"it is a {type(linear).__module__}.{type(linear).__name__}"
+        if linear._parameters.get("weight") is None:
+            return "its weight is no parameter"
+    reason = why_no_number(module.scaling[name])
+    if reason is not None:
+        return f"its scaling is {reason}"
     reason = why_no_linear()
     if reason is not None:
         return reason
@@ -158,9 +174,9 @@ def why_called(module: nn.Module) -> str | None:
     if has_hooks(module):
         return "it has hooks"
     forward = module.__dict__.get("forward")
-    if forward is not None and not (isinstance(forward, MethodType) and forward.__func__ in _STAND_INS):
+    if forward is not None and getattr(forward, "__func__", None) not in _STAND_INS:
         return "its forward was replaced"
-    return why_called_otherwise(type(module))
+    return why_called_otherwise(type(module)) or why_own_method(module)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ A forward of a model of a known family (`fastft.models.spec`) goes straight thro
     norm.py           is the final norm
     loss.py           is head and cross-entropy, in chunks of labelled rows
     deferred.py       makes what an output holds and training did not compute, when somebody looks
-    first_order.py    makes a derivative of a derivative an error
+    first_order.py    makes a derivative of a derivative, or of several at once, an error
 
 Where the layers have to be called one by one, or a model has no layer specification:
 

@@ -3,9 +3,13 @@
 A patched module carries, in its own `__dict__`, its `forward`, its state, and the few methods below, so that copies,
 replicas and pickles are what people expect: a deep copy is patched too, a replica of nn.DataParallel is stock, and what
 is pickled is the stock module, which loads where fastft is not installed.
+
+None of this refers to the module: it would be a circle, and a model that nobody needs any more would keep its memory
+until Python's collector comes by, which on a GPU is too late.
 """
 
 import copy
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -26,6 +30,67 @@ class _Attached(NamedTuple):
     function: Callable[..., Any]
     before: Any
     """What stood there, in the module's own `__dict__`."""
+
+
+class WeakMethod:
+    """A function as a method of a module that it does not keep alive.
+
+    Who looks at it sees the method that it stands for: its name, its signature, its source.
+    """
+
+    # No attributes of its own: `functools.wraps` would copy them, and somebody's wrapper would pass for this.
+    __slots__ = ("__func__", "_module", "_name")
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module, name: str) -> None:
+        """`name` is under which it stands on the module."""
+        self.__func__ = function
+        self._module = weakref.ref(module)
+        self._name = name
+
+    @property
+    def __self__(self) -> nn.Module:
+        """The module.
+
+        Raises:
+            ReferenceError: it is gone.
+        """
+        module = self._module()
+        if module is None:
+            raise ReferenceError(f"the module whose {self._name} this was is gone: keep the module to go on calling it")
+        return module
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        """Of what it stands for."""
+        doc: str | None = self._stands_for().__doc__
+        return doc
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """What the function gives for the module."""
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        stands_for = self._stands_for()
+        if name == "__wrapped__":  # what `inspect` looks at in its place
+            return stands_for
+        return inspect.signature(stands_for) if name == "__signature__" else getattr(stands_for, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        module = self.__self__
+        copied = memo.get(id(module))
+        if copied is None:  # asked for by itself, it is copied with its module, as any method is
+            return MethodType(self.__func__, copy.deepcopy(module, memo))
+        return WeakMethod(self.__func__, copied, self._name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.__self__, self._name)
+
+    def _stands_for(self) -> Any:
+        module = self.__self__
+        attached = module.__dict__.get(_METHODS, {}).get(self._name)
+        if attached is not None and attached.before is not None:
+            return attached.before
+        return getattr(type(module), self._name).__get__(module)
 
 
 class WeakModule:
@@ -72,7 +137,7 @@ def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], **more:
     for name, function in own.items():
         before = attached[name].before if name in attached else module.__dict__.get(name)
         attached[name] = _Attached(function, before)
-        module.__dict__[name] = MethodType(function, module)
+        module.__dict__[name] = WeakMethod(function, module, name)
     module.__dict__[_METHODS] = attached
     module.__dict__.update(more)
 
@@ -92,13 +157,17 @@ def list_in(modules: "weakref.WeakSet[nn.Module]", module: nn.Module) -> None:
 
 def is_ours(module: nn.Module, function: Callable[..., Any]) -> bool:
     """Whether `function` is called as it is: somebody's wrapper may checkpoint, or look."""
-    return getattr(module.__dict__.get("forward"), "__func__", None) is function
+    return _is_of(module.__dict__.get("forward"), function)
+
+
+def _is_of(method: Any, function: Callable[..., Any]) -> bool:
+    return type(method) is WeakMethod and method.__func__ is function
 
 
 def _strip(attributes: dict[str, Any]) -> None:
     """Remove from `attributes`, a module's or a copy of them, what was attached to it."""
     for name, attached in attributes.pop(_METHODS, {}).items():
-        if getattr(attributes.get(name), "__func__", None) is attached.function:
+        if _is_of(attributes.get(name), attached.function):
             if attached.before is None:
                 del attributes[name]
             else:
@@ -110,7 +179,7 @@ def _strip(attributes: dict[str, Any]) -> None:
 def _getstate(self: nn.Module) -> dict[str, Any]:
     """What is pickled: the module as it is without the patch.  What is copied deeply: all, bound to the copy."""
     # A `__deepcopy__` on the instance would be found by wrappers that pass attributes on, and copy the wrong module.
-    if sys._getframe(1).f_code is copy.deepcopy.__code__:
+    if sys._getframe(2).f_code is copy.deepcopy.__code__:  # beyond the call of the method that this is
         return self.__dict__
     state = dict(self.__dict__)
     _strip(state)

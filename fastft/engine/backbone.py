@@ -7,7 +7,8 @@ run fused) stock's own loop runs instead and calls the layers one by one (`forwa
 Legend: B batch, S sequence, D model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,11 +17,11 @@ import transformers.modeling_outputs as outputs_of
 from torch import nn
 
 from fastft.adapters.lora import has_hooks
-from fastft.engine import inputs
+from fastft.engine import inputs, optimizer_step
 from fastft.engine.aside import Aside
 from fastft.engine.attach import STATE, is_ours
 from fastft.engine.context import context_of, why_other_kernel
-from fastft.engine.deferred import DeferredCache, Rest
+from fastft.engine.deferred import DeferredCache, LeftOut, Rest
 from fastft.engine.forwards import layer_forward
 from fastft.engine.host_embedding import keep_on_host
 from fastft.engine.inputs import Inputs, LayerKind
@@ -51,6 +52,7 @@ from fastft.plan import Policy
 HEAD = "lm_head"
 """The ledger's name of head and loss."""
 _KNOWN = inputs.NAMES | inputs.UNSEEN
+_LEFT_OUT = "it makes what was left out"
 _READ_AROUND = {"debug_io", "prune_layers", "labels", "logits_to_keep"}
 """Keywords that stock's decorators around the backbone read, or that its caller should have."""
 
@@ -62,18 +64,8 @@ class Stacked(NamedTuple):
     """Behind the final norm."""
     cache: DeferredCache | None
     """Where stock builds one."""
-    rest: Rest | None
-    """Stock's backbone, for what was left out: padding's rows, which are zero."""
-    rows_R: torch.Tensor | None
-    """The rows of the B·S that are there; None for all."""
-
-    def complete(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        """`hidden_BSD` with stock's values in the rows that were left out."""
-        assert self.rest is not None
-        assert self.rows_R is not None
-        whole_TD = self.rest("Logits of padding").last_hidden_state.flatten(0, 1)
-        real_RD = hidden_BSD.flatten(0, 1).index_select(0, self.rows_R)
-        return whole_TD.to(real_RD.dtype).index_copy(0, self.rows_R, real_RD).view(hidden_BSD.shape)
+    left_out: LeftOut | None
+    """Padding's rows, which are zero; None where none was left out."""
 
 
 def backbone_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +76,7 @@ def backbone_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return _backbone(self, state, args, kwargs)
 
 
-@torch.compiler.disable(reason="fastft's layers are compiled already")
+@torch.compiler.disable(reason="fastft's layers are compiled already: compile with fullgraph=False")
 def _backbone(self: nn.Module, state: ModuleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     settings = state.settings
     with settings.forward():
@@ -148,18 +140,31 @@ def run_straight(
         return reason or f"its input is on {hidden.device}, its weights on {weight.device}"
     if has_hooks(norm) or not is_ours(norm, norm_forward):
         targets = None  # somebody sees what goes into it
+    gathered = _owned(backbone, spec, given, gathered)
     run = _Run(settings, reading.stack, gathered, layers)
     y_BSD, rows_R = _masked(backbone, run, given, targets)
     keeps_rest = rows_R is not None or gathered.builds_cache
     # Who asked for the cache, or reads the logits of a batch with padding, may do so after the optimizer's step.
     keep = rows_R is not None or bool(given.get("use_cache"))
-    rest = _rest(backbone, settings, given, keep=keep) if keeps_rest else None
+    embeds = gathered.embeds_BSD if has_hooks(getattr(backbone, spec.embedding)) else None  # they run once
+    rest = _rest(backbone, settings, given, embeds, keep=keep) if keeps_rest else None
     cache = None
     if gathered.builds_cache:
         assert rest is not None
         cache = DeferredCache(lambda: rest("Keys and values")[KV_CACHE])
+    left_out = None
+    if rows_R is not None:
+        assert rest is not None
+        left_out = LeftOut(partial(_completed, rest, rows_R), rows_R, rest.parameters)
     settings.ledger.all_layers_fused(settings.ops.name, spec.layers, len(layers), run.attention_notes)
-    return Stacked(norm(y_BSD), cache, rest, rows_R)
+    return Stacked(norm(y_BSD), cache, left_out)
+
+
+def _completed(rest: Rest, rows_R: torch.Tensor, hidden_BSD: torch.Tensor) -> torch.Tensor:
+    """`hidden_BSD`, whose rows other than `rows_R` were left out, with stock's values in them."""
+    whole_TD = rest("Logits of padding", differentiable=torch.is_grad_enabled()).last_hidden_state.flatten(0, 1)
+    real_RD = hidden_BSD.flatten(0, 1).index_select(0, rows_R)
+    return whole_TD.to(real_RD.dtype).index_copy(0, rows_R, real_RD).view(hidden_BSD.shape)
 
 
 def _run_loop(
@@ -178,6 +183,7 @@ def _run_loop(
         and any(parts is not None for parts in reading.parts)
         and given.get(KV_CACHE) is None
         and inputs.builds_cache(backbone, given)
+        and _is_as_long(given)  # a cache may have a longer one
         and not told
         and given.get("return_dict") is not False
         and getattr(config, "return_dict", True)
@@ -189,6 +195,15 @@ def _run_loop(
     first = next(iter(output))
     values = {first: output[first], KV_CACHE: DeferredCache(lambda: rest("Keys and values")[KV_CACHE])}
     return type(output)(**{**values, **{name: value for name, value in output.items() if name not in values}})
+
+
+def _is_as_long(given: dict[str, Any]) -> bool:
+    """Whether the attention mask, if there is one, has a place for each token and no more."""
+    mask, tokens = given.get("attention_mask"), given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if mask is None or tokens is None:
+        return True
+    return isinstance(mask, torch.Tensor) and mask.shape[-1] == tokens.shape[1]
 
 
 def why_not_gathered(backbone: nn.Module, given: dict[str, Any]) -> str | None:
@@ -230,10 +245,26 @@ def why_not_gathered(backbone: nn.Module, given: dict[str, Any]) -> str | None:
     return None
 
 
+def _owned(backbone: nn.Module, spec: LayerSpec, given: dict[str, Any], gathered: Inputs) -> Inputs:
+    """`gathered` with hidden states of its own, where they may be a buffer that somebody fills anew for the next batch.
+
+    The backward reads them, as stock's does not; but where they are differentiated, stock's says that they changed.
+    """
+    embedding, hidden_BSD = getattr(backbone, spec.embedding), gathered.hidden_BSD
+    plain = type(embedding).forward is nn.Embedding.forward and "forward" not in embedding.__dict__
+    if given.get("inputs_embeds") is None and plain and not has_hooks(embedding):
+        return gathered
+    if spec.embedding_multiplier is not None or hidden_BSD.requires_grad:
+        return gathered
+    own_BSD = hidden_BSD.clone()
+    return gathered._replace(hidden_BSD=own_BSD, embeds_BSD=own_BSD)
+
+
 def _input_dtype(backbone: nn.Module, spec: LayerSpec, given: dict[str, Any], otherwise: torch.Tensor) -> torch.dtype:
     """The dtype that the first layer's input should have, or that of `otherwise` where the embedding does not tell."""
     embeds = given.get("inputs_embeds")
-    told = getattr(getattr(backbone, spec.embedding), "weight", None) if embeds is None else embeds
+    # As it lies there: to ask for a parametrized one would compute it once more, and move what it keeps.
+    told = getattr(backbone, spec.embedding)._parameters.get("weight") if embeds is None else embeds
     known = isinstance(told, torch.Tensor) and told.is_floating_point()
     return told.dtype if known else otherwise.dtype  # type: ignore[union-attr]
 
@@ -282,7 +313,7 @@ class _Run:
         hidden = gathered.hidden_BSD
         self._parts, self._bank = stack.prepare(hidden.dtype)
         # Drawn from the CPU's generator, which `torch.manual_seed` fixes, without touching the device's.
-        self._seeds = [int(torch.randint(2**62, ()).item()) if p.has_dropout else 0 for p in self._parts]
+        self._seeds = [int(torch.randint(2**62, (), device="cpu").item()) if p.has_dropout else 0 for p in self._parts]
         self.has_dropout = any(p.has_dropout for p in self._parts)
         self.recorded = stack.may_record(hidden.shape[0] * hidden.shape[1], settings.graphs, hidden.device)
         self.attention_notes: dict[int, tuple[str, str]] = {}
@@ -316,7 +347,7 @@ class _Run:
                 self.attention_notes[index] = context.attention.name, note
             calls.append(LayerCall(settings.ops, parts, context, policy, seed, settings.mlp_chunk_tokens))
         graphs = self.stack.graphs(settings.graphs, hidden.device)
-        return run_layers(hidden, Run(tuple(calls), self._bank, graphs))
+        return run_layers(hidden, Run(tuple(calls), self._bank, graphs, self.stack.frozen))
 
 
 def _masked(
@@ -374,18 +405,60 @@ def _documents(run: _Run, given: dict[str, Any]) -> torch.Tensor:
     return run(documents=documents_of(position_ids_BS))
 
 
-def _rest(backbone: nn.Module, settings: EngineSettings, given: dict[str, Any], *, keep: bool) -> Rest:
-    """Stock's backbone on the same arguments."""
-
+def _rest(
+    backbone: nn.Module,
+    settings: EngineSettings,
+    given: dict[str, Any],
+    embeds_BSD: torch.Tensor | None = None,
+    *,
+    keep: bool,
+) -> Rest:
+    """Stock's backbone on the same arguments, or on `embeds_BSD` in their tokens' place."""
+    reading = settings.reading
     device = next(iter(backbone.parameters())).device.type
+    if embeds_BSD is not None:
+        given = {**given, "input_ids": None, "inputs_embeds": embeds_BSD}
+    # The caller may fill them anew before anything is read; wide ones are not worth a copy, and watched instead.
+    given = {name: value.clone() if _is_narrow(value) else value for name, value in given.items()}
+    wide = [value for value in given.values() if isinstance(value, torch.Tensor)]
 
     def call() -> Any:
-        with settings.stock_only("it makes what was left out"):
+        layers, _ = layers_and_norm(backbone, settings.spec)
+        with settings.stock_only(_LEFT_OUT), _again_as_stock(layers, settings):
             return call_original(backbone, (), given)
 
-    stack = settings.reading.stack
+    stack = reading.stack
     if stack is not None and stack.bank is not None:
         adapters: list[torch.Tensor] = list(stack.bank.parameters)
     else:
         adapters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-    return Rest(call, adapters, lambda: settings.reading.count, device, keep=keep)
+    if keep:
+        optimizer_step.install()
+    return Rest(call, adapters, reading.as_it_is(), device, given=wide, keep=keep)
+
+
+@contextmanager
+def _again_as_stock(layers: list[nn.Module], settings: EngineSettings) -> Iterator[None]:
+    """What gradient checkpointing runs again in the backward of what runs now is then stock's too."""
+    name = "_gradient_checkpointing_func"
+    before = [(layer, layer.__dict__[name]) for layer in layers if name in layer.__dict__]
+
+    def checkpoint(own: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+        def stock(*args: Any) -> Any:
+            with settings.stock_only(_LEFT_OUT):
+                return function(*args)
+
+        return own(stock, *args)
+
+    for layer, own in before:
+        layer.__dict__[name] = partial(checkpoint, own)
+    try:
+        yield
+    finally:
+        for layer, own in before:
+            layer.__dict__[name] = own
+
+
+def _is_narrow(value: Any) -> bool:
+    """Whether it is a tensor of one number a token."""
+    return isinstance(value, torch.Tensor) and value.dim() <= 2

@@ -6,16 +6,22 @@ casts all of them, one hands out all gradients, and an optimizer may update all 
 
 The A matrices of layers that share an input lie one after the other, so their stacked form is a view.
 
+A storage may become another one only where nobody can tell.  Somebody who holds an alias of it (a state dict, an array
+of NumPy, the flat buffer of another library, a second model) expects it to follow the training, and what they write to
+it to be what is trained.  So `AdapterBank.fits` asks whether each parameter has its storage alone; where one has not,
+all of them stay where they are, and the layers read them there.
+
 Legend: N elements of the buffer, padding between the matrices included.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.utils.dlpack
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastft.adapters.lora import AdaptedLinear
 from fastft.engine.parts import LayerParts
@@ -38,29 +44,38 @@ class AdapterBank:
             end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         first = self.parameters[0]
         self.values_N = torch.zeros(end, dtype=first.dtype, device=first.device)
+        for address in [address for address, buffer in _PLACES.items() if buffer.expired()]:
+            del _PLACES[address]
         for parameter, view in zip(self.parameters, self.views(self.values_N), strict=True):
             view.copy_(parameter.data)
             parameter.data = with_own_storage(view)
-            _BANKS[parameter] = weakref.ref(self)
-        self._addresses = [parameter.data_ptr() for parameter in self.parameters]
+            _BANKS[id(parameter)] = self
+            _PLACES[parameter.data_ptr()] = StorageWeakRef(self.values_N.untyped_storage())
+        self._addresses = list(map(torch.Tensor.data_ptr, self.parameters))
+        self._sizes = list(map(torch.Tensor.numel, self.parameters))
         self._work: torch.Tensor | None = None
         self._zeros: torch.Tensor | None = None
 
     @staticmethod
     def fits(layers: Sequence[LayerParts]) -> bool:
-        """Whether the adapters are parameters of one dtype on one device, and each belongs to one layer only."""
+        """Whether the adapters are parameters of one dtype on one device, and each belongs to one layer only, and
+        nobody else sees where they lie."""
         matrices = _in_order(layers)
         kinds = {(type(m), m.dtype, m.device) for m in matrices}
         distinct = len({id(m) for m in matrices}) == len(matrices)
-        return len(kinds) == 1 and distinct and type(matrices[0]) is torch.nn.Parameter
+        same = len(kinds) == 1 and distinct and type(matrices[0]) is torch.nn.Parameter
+        return same and all(map(_has_its_storage_alone, matrices))
 
     def is_of(self, layers: Sequence[LayerParts]) -> bool:
         """Whether this has the adapters of `layers`, and no others."""
         return list(map(id, self.parameters)) == list(map(id, _in_order(layers)))
 
     def holds(self) -> bool:
-        """Whether the parameters still have their storage here; `model.to`, for one, gives them another."""
-        return self._addresses == [parameter.data_ptr() for parameter in self.parameters]
+        """Whether the parameters still have their storage here, and all of it; `model.to`, for one, gives them another,
+        and a rank that is pruned in place takes less."""
+        return self._addresses == list(map(torch.Tensor.data_ptr, self.parameters)) and self._sizes == list(
+            map(torch.Tensor.numel, self.parameters)
+        )
 
     def views(self, buffer_N: torch.Tensor) -> list[torch.Tensor]:
         """Every parameter's part of a buffer of this layout, in the parameter's shape."""
@@ -145,13 +160,42 @@ def with_own_storage(view: torch.Tensor) -> torch.Tensor:
     return torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(view))
 
 
-_BANKS: Any = WeakIdKeyDictionary()
+def _has_its_storage_alone(parameter: torch.Tensor) -> bool:
+    """Whether nobody else can see that a parameter's values lie where they do, or change them there.
+
+    Memory that PyTorch did not allocate (an array's that it was made of, a file's, another library's) may be seen by
+    its owner, and another process sees memory that is shared; both without PyTorch's knowing who.
+    """
+    if _holders(parameter) != _holders(torch.empty(1, device="cpu")):
+        return False
+    storage = parameter.untyped_storage()
+    buffer = _PLACES.get(parameter.data_ptr())
+    of_a_bank = buffer is not None and not buffer.expired()  # an earlier one, perhaps; PyTorch cannot resize it either
+    return (
+        storage.nbytes() == parameter.nbytes  # a view of something larger has a storage that is not its own
+        and parameter.is_contiguous()
+        and (of_a_bank or storage.resizable())
+        and not (parameter.device.type == "cpu" and storage.is_shared())  # all of a GPU's count as shared
+    )
+
+
+def _holders(tensor: torch.Tensor) -> tuple[int, int]:
+    """How many hold a tensor's storage, in PyTorch and in Python; compared with that of a new tensor, since how a
+    tensor itself counts differs between releases."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
+
+
+_BANKS: "weakref.WeakValueDictionary[int, AdapterBank]" = weakref.WeakValueDictionary()
+"""By the parameter's id, which is nobody else's while the bank lives, for it holds its parameters.  A weak reference to
+a parameter would be in the way of `torch.utils.swap_tensors`."""
+_PLACES: dict[int, StorageWeakRef] = {}
+"""The buffer of each parameter's place, by the place's address; parameters may outlive the bank that put them there."""
 
 
 def bank_of(parameter: torch.Tensor) -> AdapterBank | None:
     """The bank that a parameter was last given to, if it still lives."""
-    reference = _BANKS.get(parameter)
-    return None if reference is None else reference()
+    return _BANKS.get(id(parameter))
 
 
 def map_linears(parts: LayerParts, change: Callable[[AdaptedLinear], AdaptedLinear]) -> LayerParts:

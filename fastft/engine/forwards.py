@@ -75,9 +75,13 @@ def _fused(
         settings.ledger.replaced(f"{state.name}.attention", "attention", context.attention.name, other)
     else:
         settings.ledger.paths.pop(f"{state.name}.attention", None)
-    seed = int(torch.randint(2**62, ()).item()) if parts.has_dropout else 0
+    seed = int(torch.randint(2**62, (), device="cpu").item()) if parts.has_dropout else 0
     call = LayerCall(settings.ops, parts, context, policy_of(layer), seed, settings.mlp_chunk_tokens)
-    return run_layers(hidden_BSD, Run((call,)))
+    adapted = any(matrix is not None for matrix in parts.adapters)
+    if adapted and torch.is_grad_enabled() and not hidden_BSD.requires_grad:
+        # The caller's, who may fill it anew before the backward reads it; stock's keeps only what the norm makes of it.
+        hidden_BSD = hidden_BSD.clone()
+    return run_layers(hidden_BSD, Run((call,), frozen=[parts.frozen]))
 
 
 def _stock(
@@ -136,6 +140,8 @@ def _why_not_now(
         return reason
     if any(t.shape[0] not in (1, B) or t.shape[-2] != S for t in angles):
         return "positions have another shape than the hidden states"
+    if any(t.requires_grad for t in angles):
+        return "positions are to be differentiated"
     # A variant of the family may have other norms; then `why_no_layer` has the reason.
     weight = getattr(getattr(layer, settings.spec.input_norm, None), "weight", hidden)
     dtype = compute_dtype(hidden)

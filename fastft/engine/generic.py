@@ -26,6 +26,8 @@ from fastft.engine.linear import LinearState, linear_forward
 from fastft.engine.norm import FrozenNorm
 from fastft.engine.state import EngineSettings, ModuleState, call_original, why_not_differentiated, why_replaced
 from fastft.kernels.norm import Norm, NormKind
+from fastft.models.calls import Calls, calls_of
+from fastft.models.identity import why_no_values
 
 
 class Part(NamedTuple):
@@ -49,6 +51,8 @@ class NormState(ModuleState):
     norm_kind: NormKind = "rms"
     forward: Callable[..., Any] | None = None
     """The class's, which was compared with the engine's."""
+    calls: Calls | None = None
+    """What that reaches."""
 
 
 def find_parts(model: nn.Module, settings: EngineSettings) -> Iterator[Part]:
@@ -106,7 +110,7 @@ def _norm(module: nn.Module, name: str, settings: EngineSettings) -> Part:
     if kind is None:
         reason = replaced or f"{type(module).__name__} is not the RMSNorm that the engine knows"
         return Part(module, name, "norm", reason, None, None)
-    state = NormState(settings, name, norm_kind=kind, forward=type(module).forward)
+    state = NormState(settings, name, norm_kind=kind, forward=type(module).forward, calls=calls_of(type(module)))
     return Part(module, name, "norm", _why_trained(module), rms_norm_forward, state)
 
 
@@ -141,10 +145,10 @@ def rms_norm_kind(module: nn.Module) -> NormKind | None:
         return None
     if len([p for p in needed if p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD]) != 1:
         return None
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     # The last row is so small that epsilon decides.
-    sizes = torch.tensor([[1.0], [30.0], [0.1], [eps**0.5]])
-    rows_TD = (torch.randn(len(sizes), len(weight), generator=generator) * sizes).to(weight.device)
+    sizes = torch.tensor([[1.0], [30.0], [0.1], [eps**0.5]], device="cpu")
+    rows_TD = (torch.randn(len(sizes), len(weight), generator=generator, device="cpu") * sizes).to(weight.device)
     kinds: tuple[NormKind, ...] = ("rms", "rms_unit_offset")
     for kind in kinds:
         if all(_agrees(module, rows_TD.to(dtype), kind) for dtype in (torch.float32, weight.dtype)):
@@ -181,8 +185,12 @@ def _epsilon(module: nn.Module) -> float | None:
 def _why_not_now(module: nn.Module, state: NormState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     if type(module).forward is not state.forward:
         return "its class has another forward than when it was patched"
+    if state.calls is None or not state.calls.hold() or not state.calls.methods.isdisjoint(module.__dict__):
+        return "its forward calls others than when it was patched"
     if len(args) != 1 or kwargs:
         return f"it was given {', '.join(kwargs) or 'more than its input'}"
+    if _epsilon(module) is None:
+        return "its epsilon is no number"
     x, weight = args[0], module.weight
     if x.dtype != weight.dtype:
         return f"its weight is {weight.dtype}, its input {x.dtype}"
@@ -190,4 +198,6 @@ def _why_not_now(module: nn.Module, state: NormState, args: tuple[Any, ...], kwa
 
 
 def _why_trained(module: nn.Module) -> str | None:
+    if (reason := why_no_values(module.weight)) is not None:
+        return f"its weight {reason}"
     return "its weight is trained" if module.weight.requires_grad else None

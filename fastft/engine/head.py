@@ -22,7 +22,7 @@ from fastft.engine.state import (
     compute_dtype,
     why_not_differentiated,
 )
-from fastft.engine.support import NO_LABELS, why_no_head, why_no_loss, why_sharded
+from fastft.engine.support import NO_LABELS, why_no_divisor, why_no_head, why_no_loss, why_other_head, why_sharded
 from fastft.kernels.cross_entropy import LogitTransform
 from fastft.models.identity import why_other_class
 from fastft.models.kv_cache import KV_CACHE
@@ -45,7 +45,7 @@ def causal_lm_forward_of(kind: Any) -> Callable[..., Any]:
     return causal_lm_forward
 
 
-@torch.compiler.disable(reason="fastft's layers are compiled already")
+@torch.compiler.disable(reason="fastft's layers are compiled already: compile with fullgraph=False")
 def _causal_lm(self: nn.Module, state: ModuleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     settings = state.settings
     with settings.forward():
@@ -81,6 +81,7 @@ def _together(model: nn.Module, settings: EngineSettings, given: dict[str, Any])
     else:
         with settings.head_decided():
             # As stock's forward calls it, for whoever looks.
+            given.pop("return_dict", None)
             named = {name: given.pop(name, None) for name in _STOCKS_CALL}
             outputs = backbone(**named, **given)
         hidden, cache = outputs.last_hidden_state, outputs.get(KV_CACHE)
@@ -91,9 +92,15 @@ def _together(model: nn.Module, settings: EngineSettings, given: dict[str, Any])
     transform = logit_transform(model.config, spec)
     autocast = torch.is_autocast_enabled(hidden.device.type)
     dtype = compute_dtype(hidden) if autocast else weight.dtype
+    if not autocast and hidden.dtype != weight.dtype:
+        nn.Linear.forward(head, hidden)  # type: ignore[arg-type]  # raises what stock's raises
     settings.ledger.fused(HEAD, "head_and_loss", settings.ops.name)
     rows_N = targets.rows().to(hidden.device)
     items = given.get("num_items_in_batch")
+    logits = defer(
+        hidden, dtype, lambda x: transformed(nn.Linear.forward(head, x), transform), weight,  # type: ignore[arg-type]
+        stacked.left_out if isinstance(stacked, Stacked) else None,
+    )  # fmt: skip
     loss = linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]).to(dtype),
         weight.to(dtype),
@@ -103,11 +110,8 @@ def _together(model: nn.Module, settings: EngineSettings, given: dict[str, Any])
         chunk_tokens=settings.loss_chunk_tokens,
         transform=transform,
         rows_N=rows_N,
+        logits=logits,
     )
-    logits = defer(
-        hidden, weight.shape[0], dtype, lambda x: transformed(nn.Linear.forward(head, x), transform),  # type: ignore[arg-type]
-        stacked.complete if isinstance(stacked, Stacked) and stacked.rows_R is not None else None,
-    )  # fmt: skip
     output = getattr(outputs_of, spec.model_output)
     return output(loss=loss, logits=logits, **{KV_CACHE: cache}, **more)
 
@@ -130,11 +134,13 @@ def _why_not_together(model: Any, spec: LayerSpec, given: dict[str, Any]) -> str
     labels, keep = given.get("labels"), given.get("logits_to_keep", 0)
     if labels is None:
         return NO_LABELS
+    tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    size = tokens.shape[:2] if isinstance(tokens, torch.Tensor) else None
     reason = why_other_class(model, spec.module, spec.model_class)
     if reason is not None:
         return reason
     head = model.get_output_embeddings()
-    reason = why_no_head(head) or why_no_loss(model)
+    reason = why_other_head(model, head) or why_no_head(head) or why_no_loss(model)
     if reason is not None:
         return reason
     if given.get("return_dict") is False or (given.get("return_dict") is None and not model.config.return_dict):
@@ -145,8 +151,15 @@ def _why_not_together(model: Any, spec: LayerSpec, given: dict[str, Any]) -> str
         return "another ignore_index was asked for"
     for name in ("labels", "shift_labels"):
         value = given.get(name)
-        if value is not None and not (isinstance(value, torch.Tensor) and value.dim() == 2):
+        if value is None:
+            continue
+        if not (isinstance(value, torch.Tensor) and value.dim() == 2):
             return f"{name} are no B × S tensor"
+        if value.dtype != torch.int64 or value.shape != size:
+            return f"{name} are {tuple(value.shape)} {value.dtype}"
+    reason = why_no_divisor(given.get("num_items_in_batch"))
+    if reason is not None:
+        return reason
     if getattr(model.config, "vocab_size", None) != head.weight.shape[0]:
         return "the head has another size than the vocabulary"
     return None

@@ -9,6 +9,8 @@ Legend: B batch, S sequence, D model, d head size.
 import functools
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -68,6 +70,8 @@ class LayerKind(NamedTuple):
 class Inputs(NamedTuple):
     """What all layers of a forward are told."""
 
+    embeds_BSD: torch.Tensor
+    """What the embedding gives, or the caller."""
     hidden_BSD: torch.Tensor
     """The first layer's input."""
     angles: dict[str | None, tuple[torch.Tensor, torch.Tensor]]
@@ -110,11 +114,12 @@ def _names(kind: Any) -> tuple[str, ...]:
 def gather(backbone: nn.Module, spec: LayerSpec, given: dict[str, Any]) -> Inputs:
     """What these arguments make every layer be told, but for its mask."""
     config: Any = backbone.config
-    hidden = given.get("inputs_embeds")
+    hidden = embeds = given.get("inputs_embeds")
     if hidden is None:
-        hidden = getattr(backbone, spec.embedding)(given["input_ids"])
+        hidden = embeds = getattr(backbone, spec.embedding)(given["input_ids"])
     if spec.embedding_multiplier is not None:
         hidden = hidden * getattr(backbone, spec.embedding_multiplier)
+    assert isinstance(embeds, torch.Tensor)
     assert isinstance(hidden, torch.Tensor)
     position_ids = given.get("position_ids")
     if position_ids is None:
@@ -127,7 +132,7 @@ def gather(backbone: nn.Module, spec: LayerSpec, given: dict[str, Any]) -> Input
         kind: rotary(hidden, position_ids, kind) if kind is not None else rotary(hidden, position_ids=position_ids)
         for kind in dict.fromkeys(kind.rotary for kind in kinds)
     }
-    return Inputs(hidden, angles, kinds, builds_cache(backbone, given))
+    return Inputs(embeds, hidden, angles, kinds, builds_cache(backbone, given))
 
 
 def builds_cache(backbone: nn.Module, given: dict[str, Any]) -> bool:
@@ -189,15 +194,32 @@ def differ_from_stocks(backbone: nn.Module, settings: EngineSettings, layers: li
 
     Asked of a few tokens, with masks, with packed positions, and without either; the layers compute nothing.
     """
+    spec = settings.spec
     weight = settings.reading.stack.parts[0].input_norm.weight_D  # type: ignore[union-attr]
-    generator = torch.Generator().manual_seed(0)
-    embeds = torch.randn(2, 7, weight.numel(), generator=generator).to(weight.device, weight.dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    embeds = torch.randn(2, 7, weight.numel(), generator=generator, device="cpu").to(weight.device, weight.dtype)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]], device=weight.device)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]], device=weight.device)
     batches: list[dict[str, Any]] = [{}, {"position_ids": positions}, {"attention_mask": mask}]
     if builds_cache(backbone, {"use_cache": True}):  # else only where there are gradients
         batches.append({"use_cache": True, "position_ids": positions})
-    return any(_differs(backbone, settings, {"inputs_embeds": embeds, "use_cache": False, **more}) for more in batches)
+    with _without_trace(getattr(backbone, spec.rotary_embedding)):
+        return any(
+            _differs(backbone, settings, {"inputs_embeds": embeds, "use_cache": False, **more}) for more in batches
+        )
+
+
+@contextmanager
+def _without_trace(rotary: nn.Module) -> Iterator[None]:
+    """Whatever is asked of the angles meanwhile: dynamic ones remember the longest sequence that they saw."""
+    before = [(m, dict(m.__dict__), dict(m._buffers)) for m in rotary.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            for now, then in ((module.__dict__, attributes), (module._buffers, buffers)):
+                now.clear()
+                now.update(then)
 
 
 def _differs(backbone: nn.Module, settings: EngineSettings, given: dict[str, Any]) -> bool:

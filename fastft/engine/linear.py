@@ -7,7 +7,7 @@ Legend: T tokens, I in, O out, R rank.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from fastft.adapters.lora import PACKED, AdaptedLinear, read_linear, stand_in, why_not_alone
 from fastft.backends import Backend
 from fastft.engine.attach import STATE
-from fastft.engine.first_order import first_order
+from fastft.engine.first_order import first_order, path_to
 from fastft.engine.state import ModuleState, call_original, compute_dtype, why_not_differentiated
 from fastft.engine.watch import Watch, has_global_hooks
 from fastft.kernels.lora_linear.reference import lora_linear, lora_linear_backward
@@ -46,13 +46,17 @@ class LoraLinear(torch.autograd.Function):
         with _no_autocast(x.device.type):
             x_TI = x.reshape(-1, x.shape[-1]).to(compute)
             (y_TO,), low_TR = lora_linear(x_TI, (_with_one_bias(linear),), seed=seed)
-        _, _, _, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        needs_x, _, _, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         if any(ctx.needs_input_grad):
             ctx.linear, ctx.seed, ctx.compute, ctx.ops = linear, seed, compute, ops
             ctx.shape, ctx.dtype = x.shape, x.dtype
-            kept = (x_TI, low_TR) if needs_a or needs_b else (None, None)
-            # A and B only so that autograd notices when they are changed between forward and backward.
-            ctx.save_for_backward(*kept, *trained[:2])
+            kept: tuple[torch.Tensor | None, ...] = (None, None, path_to(x))
+            if needs_a or needs_b:
+                is_x = x.dtype == compute and x.is_contiguous()
+                kept = (x, low_TR, None) if is_x else (x_TI, low_TR, path_to(x))
+            # W, A and B only so that autograd notices when they are changed between forward and backward.
+            weight = linear.module.weight if needs_x and not is_quantized(linear.module) else None
+            ctx.save_for_backward(*kept, weight, *trained[:2])
         # Autograd forbids changing in place what a function returns as a view, and models do such things.
         return torch.ops.aten._unsafe_view(y_TO.to(output), (*x.shape[:-1], y_TO.shape[-1]))
 
@@ -60,7 +64,8 @@ class LoraLinear(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """Gradients of what the forward was given and wants one."""
-        x_TI, low_TR, _, _ = ctx.saved_tensors
+        x, low_TR, *_ = ctx.saved_tensors
+        x_TI = None if x is None else x.reshape(-1, x.shape[-1])
         linear: AdaptedLinear = ctx.linear
         needs_x, _, _, _, _, *needs = ctx.needs_input_grad
         dy = grad_outputs[0]
@@ -106,7 +111,10 @@ class Reading:
 class LinearState(ModuleState):
     """What a patched LoRA layer knows."""
 
-    reading: Reading = field(default_factory=Reading)
+    @property
+    def reading(self) -> Reading:
+        """What was read of it."""
+        return self.settings.read_of(self.name, Reading)
 
 
 @stand_in
@@ -132,7 +140,7 @@ def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) 
         return call_original(self, (x, *args), kwargs)
     ledger.fused(state.name, "linear", ops.name)
     # Drawn from the CPU's generator, which gradient checkpointing puts back before it runs the forward again.
-    seed = int(torch.randint(2**62, ()).item()) if linear.dropout > 0 else 0
+    seed = int(torch.randint(2**62, (), device="cpu").item()) if linear.dropout > 0 else 0
     return LoraLinear.apply(x, linear, _dtypes(linear, x), seed, ops, linear.a, linear.b, linear.bias, linear.b_bias)
 
 

@@ -23,7 +23,7 @@ from fastft.engine.attach import STATE
 from fastft.engine.deferred import Deferred, computed, defer
 from fastft.engine.loss import IGNORED, linear_cross_entropy, shifted_targets
 from fastft.engine.state import EngineSettings, ModuleState, call_original, compute_dtype, why_not_differentiated
-from fastft.engine.support import NO_LABELS, why_no_head, why_no_loss, why_sharded
+from fastft.engine.support import NO_LABELS, why_no_divisor, why_no_head, why_no_loss, why_sharded
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def deferring_forward_of(kind: Any) -> Callable[..., Any]:
     return forward
 
 
-@torch.compiler.disable(reason="fastft's layers are compiled already")
+@torch.compiler.disable(reason="fastft's layers are compiled already: compile with fullgraph=False")
 def _deferring(self: nn.Module, state: ModuleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     settings = state.settings
     with settings.forward():
@@ -84,10 +84,11 @@ def _deferred(model: nn.Module, settings: EngineSettings) -> Iterator[list[torch
     losses: list[torch.Tensor] = []
 
     def late(self: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        if not (torch.is_grad_enabled() and hidden.requires_grad):
+        mixed = hidden.dtype != self.weight.dtype and not torch.is_autocast_enabled(hidden.device.type)
+        if mixed or not (torch.is_grad_enabled() and hidden.requires_grad):
             return nn.Linear.forward(self, hidden)  # type: ignore[arg-type]
         make = partial(nn.Linear.forward, cast(nn.Linear, self))
-        return defer(hidden, self.weight.shape[0], compute_dtype(hidden), make)  # type: ignore[index,arg-type]
+        return defer(hidden, compute_dtype(hidden), make, self.weight)  # type: ignore[arg-type]
 
     def loss_function(
         logits: torch.Tensor,
@@ -100,6 +101,7 @@ def _deferred(model: nn.Module, settings: EngineSettings) -> Iterator[list[torch
     ) -> torch.Tensor:
         targets = shift_labels if shift_labels is not None else shifted_targets(labels)
         usual = type(logits) is Deferred and logits.is_pending and ignore_index == IGNORED
+        usual = usual and targets.dtype == torch.int64 and why_no_divisor(num_items_in_batch) is None
         if not usual or vocab_size != logits.shape[-1] or targets.numel() * vocab_size != logits.numel():
             stock: torch.Tensor = ForCausalLMLoss(
                 computed(logits), labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
@@ -133,4 +135,5 @@ def _loss(
         settings.ops,
         divisor=divisor,
         chunk_tokens=settings.loss_chunk_tokens,
+        logits=logits,
     )

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from fastft.backends import Backend
 from fastft.engine.aside import Aside
-from fastft.engine.first_order import first_order
+from fastft.engine.deferred import Deferred, Source
+from fastft.engine.first_order import first_order, path_to
 from fastft.kernels.cross_entropy import LogitTransform
 
 IGNORED = -100
@@ -68,18 +69,22 @@ def linear_cross_entropy(
     chunk_tokens: int = 2048,
     transform: LogitTransform = LogitTransform(),  # noqa: B008
     rows_N: torch.Tensor | None = None,
+    logits: Deferred | None = None,
 ) -> torch.Tensor:
     """Σ cross-entropy of the rows whose target is not −100, over `divisor` (their count where it is None).
 
     Returns an fp32 scalar.  Where no row has a target it is 0 over the divisor: a mean of nothing is NaN, as in stock,
-    and its gradients are 0.  `head_VD` is frozen.  `transform` comes between the
-    logits and the softmax.  `rows_N` is `labelled_rows(targets_T)`, where the caller has it.
+    and its gradients are 0.  `head_VD` is frozen.  `transform` comes between the logits and the softmax.  `rows_N` is
+    `labelled_rows(targets_T)`, where the caller has it, and `logits` what it hands out as the logits: where somebody
+    looks at their gradient, the hidden states' comes through them.
     """
     rows_N = labelled_rows(targets_T) if rows_N is None else rows_N
-    loss: torch.Tensor = LinearCrossEntropy.apply(
-        hidden_TD, head_VD, targets_T, rows_N, ops, divisor, chunk_tokens, transform
+    total: torch.Tensor = LinearCrossEntropy.apply(
+        hidden_TD, head_VD, targets_T, rows_N, ops, chunk_tokens, transform, logits
     )
-    return loss
+    over = float(rows_N.numel()) if divisor is None else divisor
+    # Outside of the function: autograd watches a tensor that divides, and differentiates it where it is to be.
+    return total / (over.to(total.device) if isinstance(over, torch.Tensor) else over)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -93,11 +98,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         targets_T: torch.Tensor,
         rows_N: torch.Tensor,
         ops: Backend,
-        divisor: torch.Tensor | float | None,
         chunk_tokens: int,
         transform: LogitTransform,
+        logits: Deferred | None,
     ) -> torch.Tensor:
-        """The loss, and the gradient of the labelled rows before all divisions."""
+        """The sum, and the gradient of the labelled rows before all divisions."""
         needs_grad = ctx.needs_input_grad[0]
         with torch.autocast(hidden_TD.device.type, enabled=False):
             count = rows_N.numel()
@@ -120,24 +125,34 @@ class LinearCrossEntropy(torch.autograd.Function):
                     row_divisor_N[part] = divisor_N
                     torch.mm(logits_NV, head_VD, out=gradient_ND[part])
                 del logits_NV
-            over = float(count) if divisor is None else divisor
-            if isinstance(over, torch.Tensor):
-                over = over.to(total.device)
         if needs_grad:
-            ctx.shape, ctx.over = hidden_TD.shape, over
-            ctx.save_for_backward(gradient_ND, row_divisor_N, rows_N)
-        return total / over
+            ctx.shape = hidden_TD.shape
+            ctx.wanted = None if logits is None else logits.source.wanted
+            ctx.save_for_backward(gradient_ND, row_divisor_N, rows_N, targets_T, path_to(hidden_TD))
+        return total
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """The hidden states' gradient: zero in rows without a target."""
-        gradient_ND, row_divisor_N, rows_N = ctx.saved_tensors
+        gradient_ND, row_divisor_N, rows_N, targets_T, _ = ctx.saved_tensors
+        if ctx.wanted is not None and ctx.wanted.source is not None:
+            gradient_TV = _of_logits(ctx.wanted.source, targets_T, rows_N, grad_outputs[0].float())
+            return *[None] * 7, gradient_TV
         # In fp32, whatever the gradient's dtype: in its 16 bits the factor would be rounded, and so move every gradient
         # of the row by up to 0.4 %, or make an fp16 loss scale of 2¹⁶ infinite.
-        factor_N = grad_outputs[0].float() / ctx.over / row_divisor_N
+        factor_N = grad_outputs[0].float() / row_divisor_N
         scaled_ND = torch.mul(gradient_ND, factor_N.unsqueeze(1), out=torch.empty_like(gradient_ND))
         if rows_N.numel() == ctx.shape[0]:
             return scaled_ND, *[None] * 7
         gradient_TD = gradient_ND.new_zeros(ctx.shape).index_copy_(0, rows_N, scaled_ND)
         return gradient_TD, *[None] * 7
+
+
+def _of_logits(source: Source, targets_T: torch.Tensor, rows_N: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """The gradient of the logits themselves, in their shape: softmax less one-hot in labelled rows, times `factor`."""
+    logits = source.detached()
+    gradient_TV = torch.zeros_like(logits).flatten(0, -2)
+    gradient_NV = logits.flatten(0, -2)[rows_N].float().softmax(-1)
+    gradient_NV[torch.arange(rows_N.numel(), device=rows_N.device), targets_T[rows_N]] -= 1
+    return gradient_TV.index_copy_(0, rows_N, gradient_NV.mul_(factor).to(logits.dtype)).view_as(logits)

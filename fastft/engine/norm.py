@@ -10,7 +10,7 @@ from torch import nn
 
 from fastft.backends import Backend
 from fastft.engine.attach import STATE
-from fastft.engine.first_order import first_order
+from fastft.engine.first_order import first_order, path_to
 from fastft.engine.parts import read_norm
 from fastft.engine.state import ModuleState, call_original, why_not_differentiated
 from fastft.engine.support import why_no_norm
@@ -27,7 +27,8 @@ class FrozenNorm(torch.autograd.Function):
         y_TD, rstd_T = ops.normalise(x_TD, norm)
         if ctx.needs_input_grad[0]:
             ctx.ops, ctx.kind, ctx.eps = ops, norm.kind, norm.eps
-            ctx.save_for_backward(x_TD, rstd_T, norm.weight_D, norm.bias_D)
+            kept = (x, None) if x.is_contiguous() else (x_TD, path_to(x))
+            ctx.save_for_backward(*kept, rstd_T, norm.weight_D, norm.bias_D)
         # Autograd forbids changing in place what a function returns as a view, and models do such things.
         return torch.ops.aten._unsafe_view(y_TD, x.shape)
 
@@ -35,8 +36,8 @@ class FrozenNorm(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """The input's gradient; the weights are frozen."""
-        x_TD, rstd_T, weight_D, bias_D = ctx.saved_tensors
-        dy = grad_outputs[0]
+        x, _, rstd_T, weight_D, bias_D = ctx.saved_tensors
+        x_TD, dy = x.reshape(-1, x.shape[-1]), grad_outputs[0]
         norm = Norm(ctx.kind, weight_D, bias_D, ctx.eps)
         dx_TD = ctx.ops.normalise_backward(dy.reshape(x_TD.shape), x_TD, norm, rstd_T)
         return dx_TD.view(dy.shape), None, None

@@ -49,6 +49,11 @@ class HostBuffers:
         return buffer[: like.nbytes].view(like.dtype).view(like.shape)
 
 
+def goes_to_host(t: torch.Tensor) -> bool:
+    """Whether a tensor that is to be parked is worth the way."""
+    return t.is_cuda and t.nbytes >= _WORTH_MOVING
+
+
 class ParkedLayer:
     """What one layer saved, on its way to the host, there, or on its way back.
 
@@ -83,7 +88,7 @@ class Transfer:
         self._here: list[torch.Tensor | None] = list(tensors)
         self._host: dict[int, _Parked] = {}
         self._left = False
-        large = [i for i, t in enumerate(tensors) if t is not None and t.is_cuda and t.nbytes >= _WORTH_MOVING]
+        large = [i for i, t in enumerate(tensors) if t is not None and goes_to_host(t)]
         if not large:
             return
         device = tensors[large[0]].device  # type: ignore[union-attr]

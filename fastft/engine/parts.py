@@ -15,6 +15,7 @@ from fastft.backends import Backend
 from fastft.kernels.activation import ActivationKind
 from fastft.kernels.attention.library import Attention, Seen
 from fastft.kernels.norm import Norm
+from fastft.models.quantized import is_quantized
 from fastft.models.spec import ACTIVATIONS, LayerSpec
 from fastft.plan import Policy
 
@@ -58,6 +59,16 @@ class LayerParts(NamedTuple):
     def adapters(self) -> list[torch.Tensor | None]:
         """A and B of every linear layer in that order; None where there is no adapter."""
         return [matrix for linear in self.linears for matrix in (linear.a, linear.b)]
+
+    @property
+    def frozen(self) -> list[torch.Tensor]:
+        """What the backward reads in its modules once more, so that nobody may change it before; quantized weights
+        aside, which stock's backward does not watch either."""
+        norms = (self.input_norm, self.post_attention_norm, self.mlp_norm, self.post_mlp_norm, *(self.head_norms or ()))
+        tensors: list[Any] = [t for norm in norms if norm is not None for t in (norm.weight_D, norm.bias_D)]
+        for linear in self.linears:
+            tensors += [linear.bias, None if is_quantized(linear.module) else linear.module.weight]
+        return [t for t in tensors if t is not None and not t.is_inference()]
 
     @property
     def has_dropout(self) -> bool:

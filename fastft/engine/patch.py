@@ -34,7 +34,7 @@ from fastft.engine.ledger import Ledger
 from fastft.engine.logits import deferring_forward_of, why_not_together
 from fastft.engine.norm import norm_forward
 from fastft.engine.reading import layers_and_norm
-from fastft.engine.state import EngineSettings, ModuleState, Placed, policy_of, state_of, why_replaced
+from fastft.engine.state import READ, EngineSettings, ModuleState, Placed, Read, policy_of, state_of, why_replaced
 from fastft.engine.support import why_no_head, why_no_layer, why_no_norm
 from fastft.errors import ConfigError, ModelError, unknown_choice
 from fastft.kernels.attention.library import ATTENTION
@@ -173,6 +173,7 @@ def patch_model(
 
     kind: Any = type(causal_lm)
     _install(causal_lm, causal_lm_forward_of(kind), ModuleState(settings, "lm_head"))
+    causal_lm.__dict__[READ] = Read()
     _install(backbone, backbone_forward, ModuleState(settings, "backbone"))
     for layer, index in {layer: index for index, layer in reversed(list(enumerate(layers)))}.items():
         _install(layer, layer_forward, ModuleState(settings, f"{spec.layers}.{index}", index))
@@ -238,6 +239,7 @@ def _patch_parts_only(
         _install(model, deferring_forward_of(kind), ModuleState(settings, "lm_head"))
     else:
         attach(model, {}, **{STATE: ModuleState(settings, "model")})
+    model.__dict__[READ] = Read()
     _install_parts(parts)
     ledger.tell()
     return ledger
@@ -261,9 +263,11 @@ def unpatch_model(model: nn.Module) -> None:
 
 
 def forget_the_gone() -> None:
-    """Watch no optimizer any more if the patched models were all unpatched, or are no more."""
+    """Watch no optimizer any more, and leave the models' classes as they were, if there is no patched model any more:
+    all were unpatched, or are gone."""
     if not _patched:
         optimizer_step.uninstall()
+        walks.uninstall()
 
 
 _patched: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()

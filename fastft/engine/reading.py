@@ -1,6 +1,7 @@
 """What the engine read of a model's decoder layers, for as long as nothing about them changes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from operator import attrgetter, is_
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastft.engine.parts import LayerParts, read_parts
 from fastft.engine.resident import ResidentWeights
 from fastft.engine.support import why_no_layer, why_no_stack
 from fastft.engine.watch import Watch, has_global_hooks
-from fastft.models.identity import attention_function, called_functions
+from fastft.models.identity import attention_function, called_by, called_by_name, mask_function
 from fastft.models.spec import LayerSpec
 
 
@@ -24,6 +25,7 @@ class Stack:
     def __init__(self, parts: Sequence[LayerParts], bank: AdapterBank | None = None) -> None:
         """`bank` is taken over if it is these layers'."""
         self.parts = list(parts)
+        self.frozen = [of_layer.frozen for of_layer in parts]
         self.bank = bank if bank is not None and bank.is_of(parts) else None
         self._graphs: Graphs | None = None
         self._work: list[LayerParts] = []
@@ -93,7 +95,11 @@ class ModelReading:
 
     def refresh(self, backbone: nn.Module, spec: LayerSpec, resident_layers: int = 0) -> None:
         """Look at the layers again if anything about them changed."""
-        around = attention_function(spec, backbone.config), has_global_hooks(), resident_layers, type(backbone)
+        config: Any = backbone.config
+        around = (
+            attention_function(spec, config), mask_function(config), config, has_global_hooks(), resident_layers,
+            type(backbone), type(getattr(backbone, spec.layers)), len(backbone.__dict__),
+        )  # fmt: skip
         layers, norm = layers_and_norm(backbone, spec)
         modules = [*layers, norm, getattr(backbone, spec.rotary_embedding, None)]
         replaced = len(modules) != len(self._modules) or not all(map(is_, modules, self._modules))
@@ -102,6 +108,20 @@ class ModelReading:
             self._around = around
             self._read(backbone, spec, resident_layers)
         self.is_fresh = True
+
+    def as_it_is(self) -> Callable[[], AbstractContextManager[bool]]:
+        """What puts switches and constants of the layers back to what they are now, and says whether all is so then."""
+        watch, count = self._watch, self.count
+
+        @contextmanager
+        def put_back() -> Iterator[bool]:
+            if watch is None:
+                yield self.count == count
+                return
+            with watch.put_back():
+                yield watch.unchanged()
+
+        return put_back
 
     def of(self, layer: nn.Module) -> tuple[LayerParts | None, str | None] | None:
         """A layer's parts, or why it cannot run fused, as looked at in this forward; None if it was not."""
@@ -113,8 +133,8 @@ class ModelReading:
         layers, norm = layers_and_norm(backbone, spec)
         rotary = getattr(backbone, spec.rotary_embedding, None)
         around = [norm] if rotary is None else [norm, rotary]
-        bound = [*called_functions(spec), (type(backbone), "forward", type(backbone).forward)]
-        self._watch = Watch([*layers, *around], bound, config)
+        bound = [*called_by_name(spec), (type(backbone), "forward", type(backbone).forward)]
+        self._watch = Watch([*layers, *around], called_by(spec, backbone, config), bound, config)
         self.quiet = self._watch.quiet
         most = getattr(config, "num_hidden_layers", len(layers))
         places = [getattr(attrgetter(spec.attention)(x), "layer_idx", None) if _has(x, spec) else None for x in layers]

@@ -32,6 +32,8 @@ class Run(NamedTuple):
     """Holds exactly these layers' adapters; the calls then read its working copy."""
     graphs: "Graphs | None" = None
     """Recordings of these layers, where launches are worth saving."""
+    frozen: Sequence[Sequence[torch.Tensor]] = ()
+    """`LayerParts.frozen` of each layer."""
 
     @property
     def adapters(self) -> list[torch.Tensor]:

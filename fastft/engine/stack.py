@@ -6,12 +6,17 @@ all layers, instead of one a layer, costs the host less and lets the engine deci
 Legend: B batch, S sequence, T = B·S tokens, D model.
 """
 
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
 
-from fastft.engine.first_order import first_order
-from fastft.engine.runs import Run, backward_run, first_trained, forward_run
+from fastft.engine.first_order import first_order, path_to
+from fastft.engine.offload import ParkedLayer, goes_to_host
+from fastft.engine.runs import Kept, Run, backward_run, first_trained, forward_run
+
+_version = attrgetter("_version")
 
 
 def run_layers(x_BSD: torch.Tensor, run: Run) -> torch.Tensor:
@@ -41,17 +46,25 @@ class DecoderStack(torch.autograd.Function):
                 y_BSD, kept = forward_run(x_BSD, run.calls, first)
         if first < len(run.calls):
             ctx.run, ctx.kept, ctx.first, ctx.dtype = run, kept, first, x_BSD.dtype
+            ctx.versions = _versions(run, first)
+            x = x_BSD if needs_x and kept is not None and _keeps(x_BSD, run, kept) else path_to(x_BSD)
+            told = [] if kept is None else _told(run, first)
             # Only so that autograd notices when they are changed between forward and backward.
-            ctx.save_for_backward(*adapters)
+            ctx.save_for_backward(x, *told, *adapters)
         return y_BSD
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """Gradients of the input (None where nobody asks) and of each adapter matrix."""
-        _ = ctx.saved_tensors  # raises where the graph was freed, or an adapter was changed
+        _ = ctx.saved_tensors  # raises where the graph was freed, or something was changed
         needs_x, _, *needs = ctx.needs_input_grad
         run, dy_BSD = ctx.run, grad_outputs[0].to(ctx.dtype)
+        if ctx.versions != _versions(run, ctx.first):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                "frozen weight of a decoder layer, since the forward that this is the backward of"
+            )
         if ctx.in_use is not None:
             dx_BSD, gradient_N = ctx.in_use.backward(dy_BSD)
             gradients = run.bank.hand_out(gradient_N, copy=True)
@@ -69,3 +82,25 @@ class DecoderStack(torch.autograd.Function):
             None,
             *(gradient if want else None for gradient, want in zip(gradients, needs, strict=True)),
         )
+
+
+def _versions(run: Run, first: int) -> int:
+    """Grows whenever a frozen tensor that the backward reads is changed in place.
+
+    To save them, which is autograd's own way, costs the host no less, and whoever has hooks on what is saved
+    (`torch.autograd.graph.save_on_cpu`) would get the weights of all layers back at once.
+    """
+    return sum(map(_version, chain.from_iterable(run.frozen[first:])))
+
+
+def _told(run: Run, first: int) -> list[torch.Tensor | None]:
+    """The tensors that the layers were told, which may be the caller's: masks, documents and angles."""
+    contexts = {id(call.context): call.context for call in run.calls[first:]}.values()
+    told = [t for c in contexts for t in (c.seen.mask, c.seen.documents, c.cos_Sd, c.sin_Sd)]
+    return [None if t is None or t.is_inference() else t for t in told]
+
+
+def _keeps(x_BSD: torch.Tensor, run: Run, kept: Kept) -> bool:
+    """Whether the run's input itself waits for the backward, and no copy of it: it is then saved at no cost."""
+    moved = isinstance(kept[0], ParkedLayer) and goes_to_host(x_BSD)
+    return run.calls[0].context.rows_R is None and not moved

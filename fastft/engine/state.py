@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -15,13 +15,35 @@ from fastft.engine.attach import STATE
 from fastft.engine.graphs import GraphMode
 from fastft.engine.ledger import Ledger
 from fastft.engine.reading import ModelReading
+from fastft.models.identity import why_mode
 from fastft.models.spec import LayerSpec
 from fastft.plan import Choices, Policy
 
 _C: Any = torch._C
 _TRACING_MODES = tuple(getattr(_C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
 REPLACED = "its forward was replaced"
+READ = "_fastft_read"
+"""The attribute under which a patched model with head keeps its `Read`."""
 _SIZE_STEP = 64
+
+
+_Made = TypeVar("_Made")
+
+
+class Read:
+    """What was read of the modules of one model.  A copy of it starts empty: it is read again from the copied modules.
+
+    It refers to them, so the model with head keeps it: in what the modules below have, it would be a circle, and a
+    model that nobody needs any more would keep its memory until Python's collector comes by.
+    """
+
+    def __init__(self) -> None:
+        self.layers = ModelReading()
+        self.parts: dict[str, Any] = {}
+        """By a part's name, whatever it keeps."""
+
+    def __reduce__(self) -> tuple[type["Read"], tuple[()]]:
+        return Read, ()
 
 
 class Placed(NamedTuple):
@@ -64,7 +86,6 @@ class EngineSettings:
     """So many layers, the first ones, keep their quantized weights dense as well."""
     host_embedding: bool = False
     """Whether the input embedding stays in host memory."""
-    reading: ModelReading = field(default_factory=ModelReading)
     why_stock: str | None = None
     """Why nothing of the model may run fused at the moment: every replaced `forward` goes to the original."""
     inputs_differ: bool | None = None
@@ -91,6 +112,26 @@ class EngineSettings:
     """Whether the forward that is under way has said what head and loss run on."""
     model: Callable[[], nn.Module | None] = lambda: None
     """The model with head, while it lives."""
+    read_without_model: Read = field(default_factory=Read)
+    """Where somebody goes on with a part of a model that is gone."""
+
+    @property
+    def reading(self) -> ModelReading:
+        """What was read of the decoder layers."""
+        return self._read().layers
+
+    def read_of(self, name: str, make: Callable[[], _Made]) -> _Made:
+        """What was read of the part of this name; new if nothing was yet."""
+        parts = self._read().parts
+        if name not in parts:
+            parts[name] = make()
+        read: _Made = parts[name]
+        return read
+
+    def _read(self) -> Read:
+        model = self.model()
+        read: Read = self.read_without_model if model is None else model.__dict__.get(READ, self.read_without_model)
+        return read
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -183,7 +224,7 @@ def why_not_differentiated() -> str | None:
         return "forward-mode automatic differentiation is on"
     if torch.jit.is_tracing() or torch.compiler.is_exporting() or any(map(_C._get_dispatch_mode, _TRACING_MODES)):
         return "the model is being traced"
-    return None
+    return why_mode()
 
 
 def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:

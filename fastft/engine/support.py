@@ -5,10 +5,9 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers.utils.output_capturing as output_capturing
 from torch import nn
-from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastft.adapters.lora import has_hooks, why_called, why_not_fused
 from fastft.engine.watch import has_global_hooks
@@ -16,9 +15,15 @@ from fastft.models.identity import (
     is_own,
     why_called_otherwise,
     why_no_linear,
+    why_no_number,
+    why_no_values,
+    why_other_activation,
     why_other_attention,
     why_other_class,
     why_other_functions,
+    why_other_list,
+    why_other_loss,
+    why_own_method,
 )
 from fastft.models.spec import ACTIVATIONS, LayerSpec
 
@@ -33,6 +38,8 @@ def writes_out(layer: nn.Module, spec: LayerSpec) -> bool:
 
 def why_no_mask(layer: nn.Module, spec: LayerSpec, mask: torch.Tensor | None, dtype: torch.dtype) -> str | None:
     """Why stock would compute something of its own under this mask, where activations have this dtype, or None."""
+    if mask is not None and mask.requires_grad:
+        return "the attention mask is to be differentiated"
     if mask is None or not writes_out(layer, spec):
         return None
     if dtype == torch.float64:
@@ -50,6 +57,7 @@ def is_capturing() -> bool:
 def why_no_stack(backbone: nn.Module, layers: Sequence[nn.Module], spec: LayerSpec) -> str | None:
     """Why the layers have to be called one by one, in stock's own loop, or None."""
     reason = why_other_class(backbone, spec.module, spec.backbone_class) or why_other_functions(spec)
+    reason = reason or why_own_method(backbone) or why_other_list(getattr(backbone, spec.layers))
     if reason is not None:
         return reason
     rotary = getattr(backbone, spec.rotary_embedding, None)
@@ -106,6 +114,9 @@ def _why_no_layer(layer: nn.Module, spec: LayerSpec, index: int) -> str | None:
         return f"the activation is {type(activation).__name__}, not one of {', '.join(ACTIVATIONS)}"
     if not is_own(type(activation).forward):
         return f"the activation {type(activation).__name__} has another forward"
+    reason = why_other_activation(activation)
+    if reason is not None:
+        return reason
     if hasattr(layer, "_hf_hook"):
         return "accelerate moves it between devices"
     return None
@@ -122,6 +133,10 @@ def _why_not_configured(layer: nn.Module, spec: LayerSpec, index: int) -> str | 
         dropout = attrgetter(path)(layer)
         if getattr(dropout, "p", dropout):
             return f"{path.rpartition('.')[2].removesuffix('_dropout')} has dropout"
+    for path in filter(None, (spec.scale, spec.softcap, spec.residual_multiplier)):
+        other = why_no_number(attrgetter(path)(layer))
+        if other is not None:
+            return f"its {path.rpartition('.')[2]} is {other}"
     if config.output_attentions:
         return "attention weights are asked for"
     if not (getattr(attention, "is_causal", True) and getattr(config, "is_causal", None) in (None, True)):
@@ -141,6 +156,11 @@ def why_no_norm(norm: nn.Module, spec: LayerSpec) -> str | None:
         return reason
     if not isinstance(getattr(norm, "weight", None), nn.Parameter):
         return "it has no weight"
+    if (reason := why_no_values(norm.weight)) is not None:
+        return f"its weight {reason}"
+    reason = why_no_number(getattr(norm, "variance_epsilon", getattr(norm, "eps", None)))
+    if reason is not None:
+        return f"its epsilon is {reason}"
     if getattr(norm.weight, "requires_grad", True):
         return "its weight is trained"
     if getattr(getattr(norm, "bias", None), "requires_grad", False):
@@ -150,11 +170,21 @@ def why_no_norm(norm: nn.Module, spec: LayerSpec) -> str | None:
 
 def why_no_loss(model: Any) -> str | None:
     """Why this model's loss is not the cross-entropy that the engine computes, or None where it is."""
-    if not is_own(F.cross_entropy) or not is_own(fixed_cross_entropy):
-        return "the cross-entropy that it calls was replaced"
-    if model.loss_function is not ForCausalLMLoss or not is_own(ForCausalLMLoss):
+    if model.loss_function is not ForCausalLMLoss:
         return f"its loss function is {getattr(model.loss_function, '__name__', model.loss_function)}"
+    return why_other_loss()
+
+
+def why_no_divisor(items: Any) -> str | None:
+    """Why the loss is not the sum over one constant, where `items` is what the trainer counted, or None where it is."""
+    if isinstance(items, torch.Tensor) and (items.requires_grad or items.numel() != 1):
+        return "num_items_in_batch is to be differentiated" if items.requires_grad else "num_items_in_batch are several"
     return None
+
+
+def why_other_head(model: nn.Module, head: nn.Module | None) -> str | None:
+    """Why `head`, the model's output embeddings, is not what stock's `forward` calls, or None where it is."""
+    return None if head is getattr(model, "lm_head", None) else "get_output_embeddings is not its lm_head"
 
 
 def why_no_head(head: nn.Module | None) -> str | None:
@@ -165,6 +195,8 @@ def why_no_head(head: nn.Module | None) -> str | None:
         return f"the head is {type(head).__module__}.{type(head).__name__}, not a plain linear layer"
     if (reason := why_no_linear()) is not None:
         return reason
+    if (reason := why_no_values(head.weight)) is not None:
+        return f"the head {reason}"
     if head.weight.requires_grad:
         return "the head is trained"
     if head.bias is not None:

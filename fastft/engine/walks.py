@@ -4,62 +4,86 @@ Training loops call these at every step (`zero_grad` and clipping ask for `param
 modules in Python: with adapters on seven linears of 28 layers that takes the host longer than a small step takes a GPU
 (docs/log.md, 2026-11-25).  Here what a walk found is kept and compared with what the modules hold now, which is much
 quicker; where anything differs, the original walks again.  So they give exactly what the originals give.
+
+They stand on the model's class, which hands them to patched models only.  On the model itself, where the engine's other
+methods are (`engine.attach`), they could not be: bound to it they would keep it alive in a circle, and bound weakly
+they would lose it in `get_peft_model(…).train()`, where nobody else holds it any more when `train` is called.
 """
 
 import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import chain
-from operator import itemgetter
-from typing import Any
+from itertools import chain, repeat
+from operator import attrgetter, itemgetter
+from types import MethodType
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fastft.engine.attach import attach
 
 _WALK = "_fastft_walk"
+_HAS = "_fastft_quick_methods"
+"""The names of those that a model has."""
+_TRAINS = (nn.Module.train, PreTrainedModel.train)
+"""These do nothing where every module is in the mode already."""
+_attributes_of = attrgetter("__dict__")
+_registries_of = itemgetter("_modules", "_parameters")
+
+
+class _Now(NamedTuple):
+    """What the modules of a model have at the moment."""
+
+    attributes: list[dict[str, Any]]
+    """Of each module."""
+    held: list[Any]
+    """Every child and parameter of every module, None for one that is left out."""
+    shape: list[int]
+    """What changes when any of them is another one."""
 
 
 class _Walk:
-    """What a walk through all modules of a model found, and whether that still holds.
-
-    It keeps nothing alive, and holds no more when something of it is gone: a new object may have an old one's id.
-    """
+    """What a walk through all modules of a model found, and whether that still holds.  It keeps nothing alive."""
 
     def __init__(self, model: nn.Module | None = None) -> None:
         """None has found nothing, and does not hold."""
         modules = [] if model is None else list(model.modules())
-        found = [module.__dict__.get(name) for module in modules for name in ("_modules", "_parameters")]
-        dicts: list[dict[str, Any]] = [held for held in found if isinstance(held, dict)]
-        self.sizes: dict[bool, int] = {}
-        """`num_parameters`, by `exclude_embeddings`."""
-        self._dicts = dicts if len(dicts) == len(found) else []  # a scripted module has others
-        self._attributes = [module.__dict__ for module in modules]
-        self._ids = list(map(id, self._now()))
-        gone = partial(_gone, weakref.ref(self))
-        self._alive = [weakref.ref(one, gone) for one in self._now() if one is not None]
-        self._parameters = [] if model is None else list(map(weakref.ref, type(model).parameters(model)))
+        registries = [module.__dict__.get(name) for module in modules for name in ("_modules", "_parameters")]
+        if not all(isinstance(each, dict) for each in registries):
+            modules = []  # a scripted module has others
+        self._modules = list(map(weakref.ref, modules))
+        self._types = list(map(type, modules))
+        self.sets_modes_only = all(kind.train in _TRAINS for kind in self._types)
+        """Whether no module does more in `train`."""
+        self.places: list[int] = []
+        """Of the model's parameters, in their order, among what is held: a new one may have the id of an old one."""
+        self.sizes: dict[bool, tuple[list[int], int]] = {}
+        """Of all parameters, and `num_parameters`, by `exclude_embeddings`."""
+        self._shape: list[int] = []
+        now = self._look()
+        if now is not None and model is not None:
+            place = {id(one): index for index, one in enumerate(now.held)}
+            ids = list(map(id, type(model).parameters(model)))
+            if all(each in place for each in ids):
+                self.places, self._shape = [place[each] for each in ids], now.shape
 
-    def _now(self) -> list[Any]:
-        """Every child and parameter of every module, None for one that is left out."""
-        return list(chain.from_iterable(map(dict.values, self._dicts)))
+    def now(self) -> _Now | None:
+        """What there is, while every module has the class, children and parameters that it had; else None."""
+        now = self._look()
+        return now if now is not None and self._shape and now.shape == self._shape else None
 
-    def holds(self) -> bool:
-        """Whether every module still has the same children and parameters."""
-        return bool(self._dicts) and list(map(id, self._now())) == self._ids
-
-    def all_in(self, mode: bool) -> bool:
-        """Whether every module is in training mode, or every one is not."""
-        modes = set(map(itemgetter("training"), self._attributes)) if self._dicts else set()
-        return isinstance(mode, bool) and modes == {mode}
-
-    def parameters(self) -> list[nn.Parameter]:
-        """All that there are while it holds."""
-        return [parameter for ref in self._parameters if (parameter := ref()) is not None]
-
-    def forget(self) -> None:
-        """Hold no more."""
-        self._dicts, self._attributes, self._alive = [], [], []
+    def _look(self) -> _Now | None:
+        modules = [ref() for ref in self._modules]
+        if list(map(type, modules)) != self._types:  # one that is gone is None
+            return None
+        try:
+            attributes = list(map(_attributes_of, modules))
+            registries = list(filter(None, chain.from_iterable(map(_registries_of, attributes))))
+            held = list(chain.from_iterable(map(dict.values, registries)))
+        except (KeyError, TypeError):  # they are no dicts any more
+            return None
+        return _Now(attributes, held, [*map(len, registries), *map(id, held)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Walk":
         return _Walk()  # a copy has other modules
@@ -68,44 +92,107 @@ class _Walk:
         return _Walk, ()
 
 
-def _gone(walk_ref: "weakref.ref[_Walk]", _: Any) -> None:
-    walk = walk_ref()
-    if walk is not None:
-        walk.forget()
+class _Quick:
+    """A quick method on a class, for its patched models; for anybody else what the class has without it."""
+
+    def __init__(self, kind: type, name: str, function: Callable[..., Any]) -> None:
+        self._kind, self._name, self._function = kind, name, function
+
+    def __get__(self, model: nn.Module | None, kind: Any = None) -> Any:
+        if model is not None and self._name in model.__dict__.get(_HAS, ()):
+            return MethodType(self._function, model)
+        return getattr(super(self._kind, kind if model is None else model), self._name)
+
+
+_placed: list[tuple[type, str]] = []
+"""Where quick methods stand: a class, and the method's name."""
 
 
 def install(model: nn.Module) -> None:
-    """Give `model`, a `PeftModel` say, the quick methods, until `fastft.engine.attach.detach`."""
-    methods: dict[str, Callable[..., Any]] = {"train": _train, "parameters": _parameters}
-    if hasattr(model, "num_parameters"):
-        methods["num_parameters"] = _num_parameters
-    attach(model, methods, **{_WALK: _Walk()})
+    """Give `model`, a `PeftModel` say, the quick methods, until `fastft.engine.attach.detach`.
+
+    Not in the place of a method that its class has of its own.
+    """
+    kind, has = type(model), set()
+    for name, (make, instead_of) in _QUICK.items():
+        # A `PeftModel` has `num_parameters` only through the model inside.
+        known = hasattr(model, name) and getattr(kind, name, instead_of[0]) in instead_of
+        if known and name not in vars(kind):
+            setattr(kind, name, _Quick(kind, name, make(kind)))
+            _placed.append((kind, name))
+        if known and isinstance(vars(kind)[name], _Quick):
+            has.add(name)
+    attach(model, {}, **{_WALK: _Walk(), _HAS: frozenset(has)})
 
 
-def _walk_of(model: nn.Module) -> _Walk:
+def uninstall() -> None:
+    """Leave every class as it was."""
+    while _placed:
+        kind, name = _placed.pop()
+        if isinstance(vars(kind).get(name), _Quick):
+            delattr(kind, name)
+
+
+def _walk_of(model: nn.Module) -> tuple[_Walk, _Now | None]:
+    """The walk that was made last, and what there is now; None where no walk holds."""
     walk: _Walk = model.__dict__[_WALK]
-    if not walk.holds():
+    now = walk.now()
+    if now is None:
         walk = model.__dict__[_WALK] = _Walk(model)
-    return walk
+        now = walk.now()
+    return walk, now
 
 
-def _train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """As the original: a mode that all modules are in already is no change."""
-    return self if _walk_of(self).all_in(mode) else type(self).train(self, mode)
+def _train_of(kind: Any) -> Callable[..., Any]:
+    """`train` as it stands on `kind`."""
+
+    def train(self: nn.Module, mode: bool = True) -> Any:
+        walk, now = _walk_of(self)
+        if now is not None and walk.sets_modes_only and isinstance(mode, bool):
+            modes = set(map(dict.get, now.attributes, repeat("training")))
+            others = any(map(dict.__contains__, now.attributes[1:], repeat("train")))  # somebody's, on a module itself
+            if modes == {mode} and not others:
+                return self
+        return super(kind, self).train(mode)
+
+    return train
 
 
-def _parameters(self: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
-    """As the original."""
-    return iter(_walk_of(self).parameters()) if recurse else type(self).parameters(self, recurse=False)
+def _parameters_of(kind: Any) -> Callable[..., Any]:
+    """`parameters` as it stands on `kind`."""
+
+    def parameters(self: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
+        walk, now = _walk_of(self) if recurse else (None, None)
+        if walk is None or now is None:
+            original: Iterator[nn.Parameter] = super(kind, self).parameters(recurse)
+            return original
+        return map(now.held.__getitem__, walk.places)
+
+    return parameters
 
 
-def _num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """As the original, which is the model's inside a `PeftModel`."""
-    of = self if hasattr(type(self), "num_parameters") else self.get_base_model()
-    original = type(of).num_parameters
-    if only_trainable:  # what is trained may change at any time
-        return int(original(of, only_trainable=True, exclude_embeddings=exclude_embeddings))
-    walk = _walk_of(self)
-    if exclude_embeddings not in walk.sizes:
-        walk.sizes[exclude_embeddings] = original(of, exclude_embeddings=exclude_embeddings)
-    return walk.sizes[exclude_embeddings]
+def _num_parameters_of(kind: Any) -> Callable[..., Any]:
+    """`num_parameters` as it stands on `kind`; the original is the model's inside a `PeftModel`."""
+
+    def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        of = super(kind, self) if isinstance(self, PreTrainedModel) else self.get_base_model()
+        walk, now = _walk_of(self)
+        own = isinstance(self, PreTrainedModel) or type(of).num_parameters is PreTrainedModel.num_parameters
+        if only_trainable or now is None or not own:  # what is trained may change at any time
+            return int(of.num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings))
+        sizes = [torch.Tensor.numel(now.held[place]) for place in walk.places]
+        known = walk.sizes.get(exclude_embeddings)
+        if known is None or known[0] != sizes:
+            known = sizes, int(of.num_parameters(exclude_embeddings=exclude_embeddings))
+            walk.sizes[exclude_embeddings] = known
+        return known[1]
+
+    return num_parameters
+
+
+_QUICK: dict[str, tuple[Callable[[Any], Callable[..., Any]], tuple[Any, ...]]] = {
+    "train": (_train_of, _TRAINS),
+    "parameters": (_parameters_of, (nn.Module.parameters,)),
+    "num_parameters": (_num_parameters_of, (PreTrainedModel.num_parameters,)),
+}
+"""By name: what makes the quick method, and the originals that it stands for."""

@@ -324,3 +324,247 @@ def test_an_unpatched_model_trains_on(patched, batch_of):
     before = {name: p.detach().clone() for name, p in adapters_of(model).items()}
     train(model, optimizer, [batch_of("none")])
     assert all(not torch.equal(p, before[name]) for name, p in adapters_of(model).items())
+
+
+def trained_by_sgd(model: Any, batches: list[dict[str, Tensor]], lr: float = 0.1) -> None:
+    optimizer = torch.optim.SGD(list(adapters_of(model).values()), lr=lr)
+    for batch in batches:
+        model(**on_device(model, batch)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def is_banked(model: Any) -> bool:
+    """Whether all adapters are in one buffer, or none of them."""
+    banks = [bank_of(parameter) for parameter in adapters_of(model).values()]
+    here = [bank is not None and bank.holds() for bank in banks]
+    assert all(here) or not any(here)
+    return all(here)
+
+
+ALIASES = {
+    "a state dict": lambda model: dict(peft.get_peft_model_state_dict(model)),
+    "detached": lambda model: {name: p.detach() for name, p in adapters_of(model).items()},
+    "data": lambda model: {name: p.data for name, p in adapters_of(model).items()},
+    "a view": lambda model: {name: p.detach().view(-1)[1:] for name, p in adapters_of(model).items()},
+    "another dtype's view": lambda model: {name: p.detach().view(torch.uint8) for name, p in adapters_of(model).items()},
+    "by dlpack": lambda model: {name: torch.from_dlpack(p.detach()) for name, p in adapters_of(model).items()},
+    "of one only": lambda model: dict(list(peft.get_peft_model_state_dict(model).items())[-1:]),
+}
+
+
+@pytest.mark.parametrize("alias", ALIASES.values(), ids=list(ALIASES))
+def test_what_somebody_took_before_training_follows_it(alias, toy, batch_of):
+    followed = []
+    for fast in (False, True):
+        model = toy("toy-qwen2")
+        if fast:
+            patch_model(model, backend="eager")
+        taken = alias(model)
+        trained_by_sgd(model, [batch_of("none", seed=seed) for seed in range(2)])
+        assert not is_banked(model)
+        followed.append(taken)
+    for name, tensor in followed[0].items():
+        if tensor.dtype == torch.uint8:
+            tensor, followed[1][name] = tensor.view(torch.float32), followed[1][name].view(torch.float32)
+        torch.testing.assert_close(followed[1][name], tensor, rtol=1e-4, atol=1e-6)
+    del taken
+    followed.clear()
+    model(**on_device(model, batch_of("none"))).loss.backward()
+    assert is_banked(model), "once nobody sees them, they are moved"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="NumPy sees no memory of a GPU")
+@pytest.mark.parametrize("kind", ["array of a parameter", "parameter of an array"])
+def test_an_array_of_numpy_is_the_parameters_memory(kind, toy, batch_of):
+    model = toy("toy-qwen2")
+    patch_model(model, backend="eager")
+    parameter = list(adapters_of(model).values())[-1]
+    array = parameter.detach().numpy()
+    if kind == "parameter of an array":
+        array = array.copy()
+        parameter.data = torch.from_numpy(array)
+    trained_by_sgd(model, [batch_of("none")])
+    assert torch.equal(parameter, torch.from_numpy(array.copy()))
+    array[:] = 0
+    assert parameter.abs().sum() == 0
+
+
+@pytest.mark.parametrize("when", ["before the first forward", "after it"])
+def test_parameters_that_are_views_of_a_flat_buffer_stay_there(when, toy, batch_of):
+    """Flat optimizers, and ZeRO, update the buffer: elsewhere the model would not be trained."""
+    losses = []
+    for fast in (False, True):
+        model = toy("toy-qwen2")
+        if fast:
+            patch_model(model, backend="eager")
+        batch = on_device(model, batch_of("none"))
+        if when == "after it":
+            model(**batch).loss.backward()
+            assert is_banked(model) == fast
+            model.zero_grad()
+        parameters = list(adapters_of(model).values())
+        flat = torch.cat([p.detach().flatten() for p in parameters])
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.data = part.view_as(p)
+        of_this = []
+        for _ in range(3):
+            loss = model(**batch).loss
+            loss.backward()
+            of_this.append(loss.detach())
+            flat.sub_(0.1 * torch.cat([p.grad.flatten() for p in parameters]))
+            model.zero_grad()
+        assert not is_banked(model)
+        losses.append(torch.stack(of_this))
+    assert losses[0].unique().numel() == 3
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="all of a GPU's memory counts as shared")
+def test_shared_memory_stays_shared(toy, batch_of):
+    model = toy("toy-qwen2")
+    patch_model(model, backend="eager")
+    model.share_memory()
+    trained_by_sgd(model, [batch_of("none")])
+    assert all(p.is_shared() for p in adapters_of(model).values())
+
+
+def test_two_models_with_the_same_memory_train_as_one(toy, batch_of):
+    model = toy("toy-qwen2")
+    twin = copy.deepcopy(model)
+    patch_model(model, backend="eager")
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        q.data = p.data
+    trained_by_sgd(model, [batch_of("none")])
+    for name, p in adapters_of(model).items():
+        assert p.data_ptr() == adapters_of(twin)[name].data_ptr()
+
+
+def test_what_lies_otherwise_than_in_rows_stays_so(toy, batch_of, step, error_of):
+    model = toy("toy-qwen2")
+    for module in model.modules():
+        for matrix in getattr(module, "lora_A", {}).values():
+            matrix.weight = torch.nn.Parameter(matrix.weight.detach().t().contiguous().t())
+    strides = {name: p.stride() for name, p in adapters_of(model).items()}
+    _, stock = step(model, batch_of("right"))
+    patch_model(model, backend="eager")
+    _, fused = step(model, batch_of("right"))
+    assert error_of(fused, stock) < 1e-5
+    assert {name: p.stride() for name, p in adapters_of(model).items()} == strides
+
+
+def test_adapters_in_another_dtype_than_the_model_run_where_they_are(toy, batch_of, step, error_of):
+    """Without the bank's working copy, each is cast by itself."""
+    model = toy("toy-qwen2", base={"dtype": torch.bfloat16})
+    assert {p.dtype for p in adapters_of(model).values()} == {torch.float32}
+    patch_model(model, backend="eager")
+    _, banked = step(model, batch_of("right"))
+    assert is_banked(model)
+    for p in adapters_of(model).values():
+        p.data = p.data.clone()
+    taken = model.state_dict()
+    _, fused = step(model, batch_of("right"))
+    assert taken
+    assert not is_banked(model)
+    assert {g.dtype for g in fused.values()} == {torch.float32}
+    assert error_of(fused, banked) < 1e-6
+
+
+def test_a_rank_that_is_pruned_in_place_is_the_rank_that_runs(toy, batch_of, step, error_of):
+    """The data of both matrices begin where they did."""
+    gradients = []
+    for fast in (False, True):
+        model = toy("toy-qwen2", r=4)
+        if fast:
+            patch_model(model, backend="eager")
+        step(model, batch_of("none"))
+        assert is_banked(model) == fast
+        model.zero_grad()
+        for module in model.modules():
+            if getattr(module, "lora_A", None):
+                a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+                a.data, b.data = a.data[:2], b.data[:, :2]
+        gradients.append(step(model, batch_of("none"))[1])
+    assert error_of(gradients[1], gradients[0]) < 1e-5
+
+
+def test_a_state_dict_taken_in_the_bank_follows_and_keeps_the_parameters_there(patched, batch_of):
+    model, _, _ = patched
+    taken = {name: p.detach() for name, p in adapters_of(model).items()}
+    trained_by_sgd(model, [batch_of("none")])
+    assert is_banked(model)
+    assert all(torch.equal(taken[name], p) for name, p in adapters_of(model).items())
+    moved, *stayed = adapters_of(model).values()
+    moved.data = moved.data.clone()
+    before = [p.data_ptr() for p in stayed]
+    trained_by_sgd(model, [batch_of("none")])
+    assert [p.data_ptr() for p in stayed] == before, "what is taken of these has to follow"
+    assert all(torch.equal(taken[name], p) for name, p in list(adapters_of(model).items())[1:])
+    assert not torch.equal(next(iter(taken.values())), moved)
+
+
+def test_patched_anew_the_parameters_are_in_a_bank_again(patched, batch_of):
+    """They still lie in the old one's buffer, which PyTorch did not allocate for each of them."""
+    model, _, _ = patched
+    for forget in (True, False):
+        if forget:
+            unpatch_model(model)
+            gc.collect()
+        patch_model(model, backend="eager", placement="mlp")
+        assert not is_banked(model)
+        model(**on_device(model, batch_of("none"))).loss.backward()
+        assert is_banked(model)
+
+
+def test_what_training_holds_is_in_nobodys_way(toy, batch_of):
+    """An optimizer with states, another forward's graph, copies of the values, all the parameters' own objects."""
+    model = toy("toy-qwen2")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    batch = on_device(model, batch_of("none"))
+    model(**batch).loss.backward()  # stock's
+    optimizer.step()
+    held = [dict(model.named_parameters()), [p.detach().clone() for p in model.parameters()]]
+    patch_model(model, backend="eager")
+    losses = [model(**batch).loss, model(**batch).loss]
+    assert held
+    assert is_banked(model)
+    sum(losses).backward()
+
+
+def test_a_graph_of_stocks_that_is_alive_is_waited_for(toy, batch_of):
+    """It saved views of the adapters."""
+    model = toy("toy-qwen2")
+    batch = on_device(model, batch_of("none"))
+    stock = model(**batch).loss
+    patch_model(model, backend="eager")
+    model(**batch).loss.backward()
+    once = {name: p.grad.clone() for name, p in adapters_of(model).items()}
+    model.zero_grad()
+    stock.backward()
+    for name, p in adapters_of(model).items():
+        torch.testing.assert_close(p.grad, once[name], rtol=1e-3, atol=1e-6)
+    del stock
+    model(**batch).loss.backward()
+    assert is_banked(model)
+
+
+@pytest.mark.parametrize("how", ["swap", "conversion"])
+def test_parameters_can_be_swapped(how, patched, batch_of, step, error_of):
+    """PyTorch swaps nothing that has weak references."""
+    model, _, _ = patched
+    list(model.parameters())  # the walk is remembered
+    model.zero_grad()
+    if how == "swap":
+        parameter = next(iter(adapters_of(model).values()))
+        other = torch.nn.Parameter(parameter.detach() * 0.5)
+        torch.utils.swap_tensors(parameter, other)
+    else:
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            model.to(torch.float64)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+    _, fused = step(model, batch_of("none"))
+    unpatch_model(model)
+    _, stock = step(model, batch_of("none"))
+    assert error_of(fused, stock) < 1e-5

@@ -212,17 +212,6 @@ def test_backward_twice_doubles_the_gradients(policy, toy, batch_of, error_of):
     assert error_of(twice, once) < 1e-7
 
 
-def test_a_second_derivative_is_an_error_not_wrong(toy, batch_of):
-    model = toy()
-    patch_model(model, backend="eager")
-    device = next(model.parameters()).device
-    loss = model(**{name: tensor.to(device) for name, tensor in batch_of("none").items()}).loss
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
-    with pytest.raises(RuntimeError, match="first derivatives only"):
-        sum(g.square().sum() for g in gradients).backward()
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_inside_somebody_elses_checkpoint(reentrant, toy, batch_of, step, error_of):
     batch = batch_of("none")  # padding that is left out would draw another mask

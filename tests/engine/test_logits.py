@@ -195,7 +195,7 @@ def deferred(device: torch.device) -> tuple[Deferred, Tensor, Tensor]:
     torch.manual_seed(0)
     head = nn.Linear(8, 12, bias=False).to(device).requires_grad_(False)
     hidden = torch.randn(2, 3, 8, device=device, requires_grad=True)
-    return defer(hidden, 12, torch.float32, head), head(hidden), hidden
+    return defer(hidden, torch.float32, head, head.weight), head(hidden), hidden
 
 
 @pytest.mark.parametrize(

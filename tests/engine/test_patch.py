@@ -2,7 +2,11 @@
 
 import copy
 import functools
+import gc
+import inspect
 import logging
+import pickle
+import weakref
 from collections.abc import Callable
 from operator import attrgetter
 from types import MethodType
@@ -384,3 +388,134 @@ def test_trained_base_weights_make_their_layers_stock(same_as_stock):
 def test_other_layers_run_as_stock(config, reason, toy):
     ledger = patch_model(toy(base=config), backend="eager")
     assert {path.reason for path in ledger.fallbacks.values()} == {reason}
+
+
+def attached(model: Any) -> dict[str, nn.Module]:
+    """The modules whose `forward` is the engine's."""
+    return {name: module for name, module in model.named_modules() if "forward" in module.__dict__}
+
+
+@pytest.fixture(params=["layers", "parts"])
+def patched_as(request, monkeypatch):
+    """Whether a model runs layer by layer, or part by part."""
+    if request.param == "parts":
+        monkeypatch.setattr("fastft.engine.patch._why_unspecified", lambda *_: "it is to run part by part")
+
+
+@pytest.mark.usefixtures("patched_as")
+def test_what_is_replaced_looks_as_it_did(toy):
+    """Trainers choose columns by signatures; others look for names, or for whose method it is."""
+    stock, model = toy(), toy()
+    patch_model(model, backend="eager")
+    of_stock = dict(stock.named_modules())
+    assert len(attached(model)) > 5
+    for name, module in attached(model).items():
+        theirs = of_stock[name].forward
+        assert inspect.signature(module.forward) == inspect.signature(theirs), name
+        assert inspect.getsource(module.forward) == inspect.getsource(theirs), name
+        for what in ("__name__", "__qualname__", "__doc__"):
+            assert getattr(module.forward, what) == getattr(theirs, what), (name, what)
+        assert module.forward.__self__ is module
+    for name in ("train", "parameters", "num_parameters"):
+        assert inspect.signature(getattr(model, name)).parameters.keys() == inspect.signature(
+            getattr(stock, name)
+        ).parameters.keys(), name
+
+
+def test_a_wrapper_that_copies_attributes_is_not_taken_for_the_engines(same_as_stock):
+    """`functools.wraps` copies what an object has of its own."""
+
+    def wrap(model: Any) -> None:
+        layer = base_model(model).model.layers[0]
+        inner = layer.forward
+
+        @functools.wraps(inner)
+        def doubled(*args: Any, **kwargs: Any) -> Any:
+            return inner(*args, **kwargs) * 2
+
+        layer.forward = doubled
+
+    same_as_stock(wrap)
+
+
+def test_methods_go_with_their_module(toy):
+    model = toy()
+    patch_model(model, backend="eager")
+    backbone = base_model(model).model
+    forward = backbone.forward
+    copied = copy.deepcopy(forward)
+    assert copied.__self__ is not backbone
+    assert type(copied.__self__) is type(backbone)
+    assert copy.deepcopy(model).get_base_model().model.forward.__self__ is not backbone
+    again = pickle.loads(pickle.dumps(forward))
+    assert type(again.__self__) is type(backbone)
+    del model, backbone
+    with pytest.raises(ReferenceError, match="keep the module"):
+        forward()
+
+
+ENDINGS: dict[str, Callable[..., Any]] = {
+    "before a step": lambda model, train: None,
+    "after steps": lambda model, train: train(model, 3),
+    "after steps, patched anew": lambda model, train: (
+        train(model, 1), patch_model(model, backend="eager"), train(model, 1),
+    ),
+    "after steps, unpatched": lambda model, train: (train(model, 1), unpatch_model(model)),
+    "after steps of stock's": lambda model, train: (unpatch_model(model), train(model, 1)),
+    "after evaluation": lambda model, train: (train(model, 1), model.eval(), model.num_parameters(), model.train()),
+    "after a copy": lambda model, train: (train(model, 1), train(copy.deepcopy(model), 1)),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("patched_as")
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=list(ENDINGS))
+def test_a_model_is_freed_with_its_last_reference(ending, toy, batch_of):
+    """As stock is, without Python's collector: on a GPU the next model needs the memory at once."""
+
+    def train(model: Any, steps: int) -> None:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(steps):
+            model.train()
+            output = model(**on_device(model, batch_of("right")))
+            output.loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for fast in (False, True):
+        model = toy()
+        if fast:
+            patch_model(model, backend="eager")
+        ending(model, train) if fast else train(model, 1)
+        base = base_model(model)
+        parameters = list(base.parameters())
+        layer = next(m for name, m in base.named_modules() if name.endswith(".0"))
+        there = [weakref.ref(each) for each in (model, base, layer, *parameters)]
+        del base, layer, parameters
+        gc.collect()
+        gc.disable()
+        try:
+            del model
+            alive = [ref() for ref in there]
+        finally:
+            gc.enable()
+        assert all(each is None for each in alive), [type(each) for each in alive if each is not None]
+
+
+def test_an_output_keeps_what_it_needs_and_no_more(toy, batch_of):
+    model = toy()
+    patch_model(model, backend="eager")
+    output = model(**on_device(model, batch_of("none")))
+    there = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert there() is None
+        assert output.logits.shape[-1] == 512
+        output.loss.backward()
+        layer = weakref.ref(output)
+        del output
+        assert layer() is None
+    finally:
+        gc.enable()

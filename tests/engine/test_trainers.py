@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 from fastft import ledger_of, patch_hf_training
+from fastft.engine.bank import bank_of
 
 STEPS = 3
 LORA = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
@@ -60,6 +61,12 @@ def patched(on: bool) -> Any:
     return patch_hf_training(backend="eager") if on else contextlib.nullcontext()
 
 
+def banked(model: Any) -> int:
+    """How many adapter matrices lie in one buffer: whatever a trainer holds, none may be refused for it."""
+    banks = [bank_of(p) for p in model.parameters() if p.requires_grad]
+    return sum(bank is not None and bank.holds() for bank in banks)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_transformers_trainer(checkpointing, toy_base, tmp_path):
@@ -77,6 +84,7 @@ def test_transformers_trainer(checkpointing, toy_base, tmp_path):
                 data_collator=pad,
             )
             trainer.train()
+            assert banked(model) == (42 if on else 0)
             histories.append(history(trainer))
             ledgers.append(ledger_of(model))
             folder = tmp_path / f"adapter-{on}"
@@ -146,6 +154,7 @@ def test_trl_sft_trainer(options, tokenizer, toy_base, tmp_path):
             )
             assert trainer.args.gradient_checkpointing
             trainer.train()
+            assert banked(trainer.model) == (42 if on and not options.get("bf16") else 0)
             histories.append(history(trainer))
             ledgers.append(ledger_of(trainer.model))
             folder = tmp_path / f"adapter-{on}"

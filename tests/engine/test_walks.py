@@ -5,7 +5,7 @@ import gc
 import io
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import peft
@@ -15,6 +15,7 @@ from torch import nn
 
 from fastft import patch_model, unpatch_model
 from fastft.engine import walks
+from fastft.engine.patch import forget_the_gone
 
 QUICK = ("train", "parameters", "num_parameters")
 
@@ -26,19 +27,25 @@ def patched(toy):
     return model
 
 
+@pytest.fixture(autouse=True)
+def _classes_as_they_were() -> Iterator[None]:
+    yield
+    walks.uninstall()
+
+
 @pytest.fixture
 def walked(monkeypatch) -> list[str]:
     """Grows by one where an original walks."""
     calls: list[str] = []
-    for name in ("train", "parameters"):
-        original = getattr(nn.Module, name)
+    for name, walks_by in {"train": "children", "parameters": "named_parameters"}.items():
+        original = getattr(nn.Module, walks_by)
 
         def spy(self: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
             if isinstance(self, peft.PeftModel):
                 calls.append(_name)
             return _original(self, *args, **kwargs)
 
-        monkeypatch.setattr(nn.Module, name, spy)
+        monkeypatch.setattr(nn.Module, walks_by, spy)
     return calls
 
 
@@ -61,6 +68,8 @@ def test_what_does_not_change_is_walked_once(patched, walked):
         assert same_parameters(patched)
         patched.zero_grad()
     assert walked == ["parameters"] * 3  # those of the comparison
+    patched.eval()
+    assert walked[3:] == ["train"], "the spy sees a walk"
 
 
 def test_modes_are_set_wherever_one_differs(patched):
@@ -159,17 +168,20 @@ def test_what_was_found_is_not_saved(patched):
     file = io.BytesIO()
     pickle.dump(patched.__dict__["_fastft_walk"], file)
     assert len(file.getvalue()) < 200
-    assert not pickle.loads(file.getvalue()).holds()
+    assert pickle.loads(file.getvalue()).now() is None
 
 
 def test_unpatched_it_has_its_own_methods_again(toy):
     model = toy()
-    before = set(model.__dict__)
+    gc.collect()
+    forget_the_gone()
+    before, of_class = set(model.__dict__), set(vars(type(model)))
     patch_model(model, backend="eager")
-    assert set(QUICK) <= set(model.__dict__)
+    assert set(QUICK) <= set(vars(type(model))) - of_class
     patch_model(model, backend="eager", placement="mlp")
     unpatch_model(model)
     assert set(model.__dict__) == before
+    assert set(vars(type(model))) == of_class
 
 
 def test_a_scripted_module_is_walked_each_time(walked):
@@ -180,3 +192,81 @@ def test_a_scripted_module_is_walked_each_time(walked):
     model.train()
     assert model[1].training
     assert same_parameters(model)
+
+
+def counting(kind: type[nn.Module]) -> tuple[type[nn.Module], list[bool]]:
+    """A class that notes with what `train` is called."""
+    calls: list[bool] = []
+
+    class Counting(kind):  # type: ignore[misc,valid-type]
+        def train(self, mode: bool = True) -> Any:
+            calls.append(mode)
+            return super().train(mode)
+
+    return Counting, calls
+
+
+@pytest.mark.parametrize("where", ["a class", "a module", "the model"])
+def test_somebodys_own_train_is_called_each_time(where, toy, monkeypatch):
+    """Stock calls it whether or not the mode is another one: it may do anything."""
+    seen = []
+    for fast in (False, True):
+        model = toy()
+        part = model if where == "the model" else model.get_base_model().model.layers[0].mlp.act_fn
+        kind, calls = counting(type(part))
+        if fast:
+            patch_model(model, backend="eager")
+            model.train()
+        calls.clear()
+        if where == "a module":
+            monkeypatch.setitem(part.__dict__, "train", lambda mode=True, calls=calls: calls.append(mode))
+        else:
+            part.__class__ = kind
+        for call in (model.train, model.train, model.eval, model.eval, model.train):
+            call()
+        seen.append((calls, set(modes_of(model).values())))
+    assert seen[0] == seen[1]
+    assert len(seen[0][0]) == 5
+
+
+def test_sizes_that_changed_are_counted(patched):
+    """Pruning a rank gives a parameter other data; it stays the same object."""
+    base, before = patched.get_base_model(), patched.num_parameters()
+    parameter = next(p for p in patched.parameters() if p.requires_grad)
+    parameter.data = parameter.data[:1]
+    assert patched.num_parameters() == type(base).num_parameters(base) < before
+
+
+def test_registries_that_are_replaced_are_seen(patched):
+    """DeepSpeed gives modules another dict of parameters."""
+    list(patched.parameters())
+    norm = patched.get_base_model().model.norm
+    norm._parameters = {"weight": nn.Parameter(torch.ones(64))}
+    assert same_parameters(patched)
+    patched.get_base_model()._modules = {**patched.get_base_model()._modules, "more": nn.Linear(2, 3)}
+    assert same_parameters(patched)
+    patched.eval()
+    assert set(modes_of(patched).values()) == {False}
+
+
+def test_a_model_that_nobody_else_holds_survives_its_methods(toy):
+    def make() -> Any:
+        model = toy()
+        patch_model(model, backend="eager")
+        return model
+
+    assert make().train().training
+    assert not make().eval().training
+    assert len(list(make().parameters())) == len(list(toy().parameters()))
+    assert make().num_parameters() == toy().num_parameters()
+
+
+def test_what_is_not_patched_has_its_own_methods(patched, toy, walked):
+    other = toy()
+    for name in QUICK:
+        assert getattr(other, name).__func__ is not getattr(patched, name).__func__
+        assert getattr(type(other), name, None) in (getattr(nn.Module, name, None), None)
+    assert not hasattr(nn.Sequential(), "num_parameters")
+    walked.clear()
+    other.train()
+    assert walked == ["train"]
