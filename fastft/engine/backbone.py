@@ -7,8 +7,7 @@ run fused) stock's own loop runs instead and calls the layers one by one (`forwa
 Legend: B batch, S sequence, D model.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,7 +51,6 @@ from fastft.plan import Policy
 HEAD = "lm_head"
 """The ledger's name of head and loss."""
 _KNOWN = inputs.NAMES | inputs.UNSEEN
-_LEFT_OUT = "it makes what was left out"
 _READ_AROUND = {"debug_io", "prune_layers", "labels", "logits_to_keep"}
 """Keywords that stock's decorators around the backbone read, or that its caller should have."""
 
@@ -423,8 +421,7 @@ def _rest(
     wide = [value for value in given.values() if isinstance(value, torch.Tensor)]
 
     def call() -> Any:
-        layers, _ = layers_and_norm(backbone, settings.spec)
-        with settings.stock_only(_LEFT_OUT), _again_as_stock(layers, settings):
+        with settings.stock_only("it makes what was left out"):
             return call_original(backbone, (), given)
 
     stack = reading.stack
@@ -435,28 +432,6 @@ def _rest(
     if keep:
         optimizer_step.install()
     return Rest(call, adapters, reading.as_it_is(), device, given=wide, keep=keep)
-
-
-@contextmanager
-def _again_as_stock(layers: list[nn.Module], settings: EngineSettings) -> Iterator[None]:
-    """What gradient checkpointing runs again in the backward of what runs now is then stock's too."""
-    name = "_gradient_checkpointing_func"
-    before = [(layer, layer.__dict__[name]) for layer in layers if name in layer.__dict__]
-
-    def checkpoint(own: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
-        def stock(*args: Any) -> Any:
-            with settings.stock_only(_LEFT_OUT):
-                return function(*args)
-
-        return own(stock, *args)
-
-    for layer, own in before:
-        layer.__dict__[name] = partial(checkpoint, own)
-    try:
-        yield
-    finally:
-        for layer, own in before:
-            layer.__dict__[name] = own
 
 
 def _is_narrow(value: Any) -> bool:

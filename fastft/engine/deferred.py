@@ -121,7 +121,7 @@ def keep_what_waits() -> None:
 def _as_called() -> Iterator[None]:
     """With a graph.  Whatever is under way where a value is read has no part in how it is made: no inference mode, and
     none of a checkpoint's hooks, which count what one function saves."""
-    with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
+    with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(torch.Tensor.detach, _same):
         yield
 
 

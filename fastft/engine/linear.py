@@ -50,10 +50,13 @@ class LoraLinear(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.linear, ctx.seed, ctx.compute, ctx.ops = linear, seed, compute, ops
             ctx.shape, ctx.dtype = x.shape, x.dtype
-            kept: tuple[torch.Tensor | None, ...] = (None, None, path_to(x))
-            if needs_a or needs_b:
-                is_x = x.dtype == compute and x.is_contiguous()
-                kept = (x, low_TR, None) if is_x else (x_TI, low_TR, path_to(x))
+            kept: tuple[torch.Tensor | None, ...]
+            if not (needs_a or needs_b):
+                kept = (None, None, path_to(x))
+            elif x.dtype == compute and x.is_contiguous():
+                kept = (x, low_TR, None)
+            else:
+                kept = (x_TI, low_TR, path_to(x))
             # W, A and B only so that autograd notices when they are changed between forward and backward.
             weight = linear.module.weight if needs_x and not is_quantized(linear.module) else None
             ctx.save_for_backward(*kept, weight, *trained[:2])

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,6 +22,8 @@ from fastft.plan import Choices, Policy
 
 _C: Any = torch._C
 _TRACING_MODES = tuple(getattr(_C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
+_CHECKPOINT = "_gradient_checkpointing_func"
+"""Where a module of Hugging Face's keeps how it is checkpointed."""
 REPLACED = "its forward was replaced"
 READ = "_fastft_read"
 """The attribute under which a patched model with head keeps its `Read`."""
@@ -156,12 +159,30 @@ class EngineSettings:
 
     @contextmanager
     def stock_only(self, reason: str) -> Iterator[None]:
-        """Within it, nothing of the model runs fused."""
+        """Within it, nothing of the model runs fused, nor what gradient checkpointing runs again in the backward."""
         before, self.why_stock = self.why_stock, reason
+        model = self.model() if torch.is_grad_enabled() else None
+        checkpointed = [] if model is None else [m.__dict__ for m in model.modules() if _CHECKPOINT in m.__dict__]
+        own = [attributes[_CHECKPOINT] for attributes in checkpointed]
+        for attributes, checkpoint in zip(checkpointed, own, strict=True):
+            attributes[_CHECKPOINT] = partial(self._checkpoint_stock, reason, checkpoint)
         try:
             yield
         finally:
             self.why_stock = before
+            for attributes, checkpoint in zip(checkpointed, own, strict=True):
+                attributes[_CHECKPOINT] = checkpoint
+
+    def _checkpoint_stock(
+        self, reason: str, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """What `checkpoint` makes of `function`, whose second run has to be the first's."""
+
+        def stock(*args: Any, **kwargs: Any) -> Any:
+            with self.stock_only(reason):
+                return function(*args, **kwargs)
+
+        return checkpoint(stock, *args, **kwargs)
 
 
 @dataclass

@@ -10,6 +10,7 @@ methods are (`engine.attach`), they could not be: bound to it they would keep it
 they would lose it in `get_peft_model(…).train()`, where nobody else holds it any more when `train` is called.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain, repeat
@@ -53,7 +54,7 @@ class _Walk:
         if not all(isinstance(each, dict) for each in registries):
             modules = []  # a scripted module has others
         self._modules = list(map(weakref.ref, modules))
-        self._types = list(map(type, modules))
+        self._types: list[Any] = list(map(type, modules))
         self.sets_modes_only = all(kind.train in _TRAINS for kind in self._types)
         """Whether no module does more in `train`."""
         self.places: list[int] = []
@@ -118,7 +119,7 @@ def install(model: nn.Module) -> None:
         # A `PeftModel` has `num_parameters` only through the model inside.
         known = hasattr(model, name) and getattr(kind, name, instead_of[0]) in instead_of
         if known and name not in vars(kind):
-            setattr(kind, name, _Quick(kind, name, make(kind)))
+            setattr(kind, name, _Quick(kind, name, functools.wraps(instead_of[0])(make(kind))))
             _placed.append((kind, name))
         if known and isinstance(vars(kind)[name], _Quick):
             has.add(name)
@@ -175,7 +176,9 @@ def _num_parameters_of(kind: Any) -> Callable[..., Any]:
     """`num_parameters` as it stands on `kind`; the original is the model's inside a `PeftModel`."""
 
     def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        of = super(kind, self) if isinstance(self, PreTrainedModel) else self.get_base_model()
+        of: Any = super(kind, self)
+        if not isinstance(self, PreTrainedModel):
+            of = self.get_base_model()
         walk, now = _walk_of(self)
         own = isinstance(self, PreTrainedModel) or type(of).num_parameters is PreTrainedModel.num_parameters
         if only_trainable or now is None or not own:  # what is trained may change at any time

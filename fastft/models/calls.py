@@ -45,6 +45,10 @@ class Calls(NamedTuple):
     reason: str | None
     """Why that is not what the libraries define, or None."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Calls":
+        """The same: it is of classes and modules, which no copy has of its own."""
+        return self
+
     def hold(self) -> bool:
         """Whether all of it is still there."""
         try:

@@ -109,7 +109,10 @@ def sft_trainer(folder: Path) -> Run:
     trainer.train()
     assert trainer.state.global_step == 2
     # TRL's head with chunked loss keeps the bound `forward` that it found, and nobody can take that from it.
-    return Run([trainer.model], passed_on=frozenset({"head.causal_lm_forward", "state.call_original"}))
+    return Run(
+        [trainer.model],
+        passed_on=frozenset({"attach.__call__", "attach.__self__", "head.causal_lm_forward", "state.call_original"}),
+    )
 
 
 def merge_and_unload(folder: Path) -> Run:

@@ -347,7 +347,9 @@ ALIASES = {
     "detached": lambda model: {name: p.detach() for name, p in adapters_of(model).items()},
     "data": lambda model: {name: p.data for name, p in adapters_of(model).items()},
     "a view": lambda model: {name: p.detach().view(-1)[1:] for name, p in adapters_of(model).items()},
-    "another dtype's view": lambda model: {name: p.detach().view(torch.uint8) for name, p in adapters_of(model).items()},
+    "another dtype's view": lambda model: {
+        name: p.detach().view(torch.uint8) for name, p in adapters_of(model).items()
+    },
     "by dlpack": lambda model: {name: torch.from_dlpack(p.detach()) for name, p in adapters_of(model).items()},
     "of one only": lambda model: dict(list(peft.get_peft_model_state_dict(model).items())[-1:]),
 }

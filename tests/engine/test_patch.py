@@ -417,9 +417,10 @@ def test_what_is_replaced_looks_as_it_did(toy):
             assert getattr(module.forward, what) == getattr(theirs, what), (name, what)
         assert module.forward.__self__ is module
     for name in ("train", "parameters", "num_parameters"):
-        assert inspect.signature(getattr(model, name)).parameters.keys() == inspect.signature(
-            getattr(stock, name)
-        ).parameters.keys(), name
+        assert (
+            inspect.signature(getattr(model, name)).parameters.keys()
+            == inspect.signature(getattr(stock, name)).parameters.keys()
+        ), name
 
 
 def test_a_wrapper_that_copies_attributes_is_not_taken_for_the_engines(same_as_stock):

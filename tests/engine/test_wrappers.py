@@ -80,6 +80,11 @@ def shard(model: Any) -> Any:
     return fully_shard(model)
 
 
+def shard_of_checkpointed(model: Any) -> Any:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return shard(model)
+
+
 def ddp(model: Any) -> Any:
     return nn.parallel.DistributedDataParallel(model)
 
@@ -91,7 +96,7 @@ def ddp_of_checkpointed(model: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("wrap", "fused"),
-    [(ddp, True), (ddp_of_checkpointed, True), (shard, False)],
+    [(ddp, True), (ddp_of_checkpointed, True), (shard, False), (shard_of_checkpointed, False)],
     ids=lambda x: getattr(x, "__name__", ""),
 )
 @pytest.mark.parametrize("patched", ["before", "after"])
