@@ -264,7 +264,7 @@ def _input_dtype(backbone: nn.Module, spec: LayerSpec, given: dict[str, Any], ot
     # As it lies there: to ask for a parametrized one would compute it once more, and move what it keeps.
     told = getattr(backbone, spec.embedding)._parameters.get("weight") if embeds is None else embeds
     known = isinstance(told, torch.Tensor) and told.is_floating_point()
-    return told.dtype if known else otherwise.dtype  # type: ignore[union-attr]
+    return told.dtype if known else otherwise.dtype
 
 
 def _why_mixed(dtype: torch.dtype, weight: torch.Tensor) -> str | None:

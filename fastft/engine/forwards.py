@@ -143,7 +143,8 @@ def _why_not_now(
     if any(t.requires_grad for t in angles):
         return "positions are to be differentiated"
     # A variant of the family may have other norms; then `why_no_layer` has the reason.
-    weight = getattr(getattr(layer, settings.spec.input_norm, None), "weight", hidden)
+    norm = getattr(layer, settings.spec.input_norm, None)
+    weight = norm._parameters.get("weight", hidden) if isinstance(norm, nn.Module) else hidden
     dtype = compute_dtype(hidden)
     if not dtype == weight.dtype == hidden.dtype:
         return f"it computes in {dtype} on {getattr(weight, 'dtype', None)} weights"

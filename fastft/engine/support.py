@@ -154,14 +154,15 @@ def why_no_norm(norm: nn.Module, spec: LayerSpec) -> str | None:
     reason = why_other_class(norm, spec.norm_module or spec.module, spec.norm_class)
     if reason is not None:
         return reason
-    if not isinstance(getattr(norm, "weight", None), nn.Parameter):
+    weight = norm._parameters.get("weight")  # a parametrized one would be computed, once more than in stock
+    if weight is None:
         return "it has no weight"
-    if (reason := why_no_values(norm.weight)) is not None:
+    if (reason := why_no_values(weight)) is not None:
         return f"its weight {reason}"
     reason = why_no_number(getattr(norm, "variance_epsilon", getattr(norm, "eps", None)))
     if reason is not None:
         return f"its epsilon is {reason}"
-    if getattr(norm.weight, "requires_grad", True):
+    if weight.requires_grad:
         return "its weight is trained"
     if getattr(getattr(norm, "bias", None), "requires_grad", False):
         return "its bias is trained"
