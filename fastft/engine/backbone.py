@@ -310,9 +310,10 @@ class _Run:
         self._policies: list[Policy] = [policy_of(layer) for layer in layers]
         hidden = gathered.hidden_BSD
         self._parts, self._bank = stack.prepare(hidden.dtype)
+        drops = [parts.has_dropout for parts in self._parts]
+        self.has_dropout = any(drops)
         # Drawn from the CPU's generator, which `torch.manual_seed` fixes, without touching the device's.
-        self._seeds = [int(torch.randint(2**62, (), device="cpu").item()) if p.has_dropout else 0 for p in self._parts]
-        self.has_dropout = any(p.has_dropout for p in self._parts)
+        self._seeds = [int(torch.randint(2**62, (), device="cpu").item()) if drop else 0 for drop in drops]
         self.recorded = stack.may_record(hidden.shape[0] * hidden.shape[1], settings.graphs, hidden.device)
         self.attention_notes: dict[int, tuple[str, str]] = {}
         """Layers whose attention is not the one asked for: what runs, and why."""

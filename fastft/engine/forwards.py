@@ -144,8 +144,8 @@ def _why_not_now(
         return "positions are to be differentiated"
     # A variant of the family may have other norms; then `why_no_layer` has the reason.
     norm = getattr(layer, settings.spec.input_norm, None)
-    weight = norm._parameters.get("weight", hidden) if isinstance(norm, nn.Module) else hidden
+    weight = norm._parameters.get("weight") if isinstance(norm, nn.Module) else None
     dtype = compute_dtype(hidden)
-    if not dtype == weight.dtype == hidden.dtype:
-        return f"it computes in {dtype} on {getattr(weight, 'dtype', None)} weights"
+    if not dtype == (hidden if weight is None else weight).dtype == hidden.dtype:
+        return f"it computes in {dtype} on {(hidden if weight is None else weight).dtype} weights"
     return None

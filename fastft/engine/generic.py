@@ -136,7 +136,7 @@ def rms_norm_kind(module: nn.Module) -> NormKind | None:
     It is asked for some rows: in fp32 it must agree with the engine's up to the order of summation, and in its weight's
     dtype up to one more rounding, for families differ in where they round.
     """
-    weight = getattr(module, "weight", None)
+    weight = module._parameters.get("weight")
     needed = [
         p for p in signature(type(module).forward).parameters.values() if p.default is p.empty and p.name != "self"
     ]
@@ -191,13 +191,16 @@ def _why_not_now(module: nn.Module, state: NormState, args: tuple[Any, ...], kwa
         return f"it was given {', '.join(kwargs) or 'more than its input'}"
     if _epsilon(module) is None:
         return "its epsilon is no number"
-    x, weight = args[0], module.weight
-    if x.dtype != weight.dtype:
+    x, weight = args[0], module._parameters.get("weight")
+    if weight is not None and x.dtype != weight.dtype:
         return f"its weight is {weight.dtype}, its input {x.dtype}"
     return _why_trained(module)
 
 
 def _why_trained(module: nn.Module) -> str | None:
-    if (reason := why_no_values(module.weight)) is not None:
+    weight = module._parameters.get("weight")
+    if weight is None:  # a parametrized one is not to be computed more often than in stock
+        return "it has no weight of its own"
+    if (reason := why_no_values(weight)) is not None:
         return f"its weight {reason}"
-    return "its weight is trained" if module.weight.requires_grad else None
+    return "its weight is trained" if weight.requires_grad else None

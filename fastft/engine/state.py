@@ -16,14 +16,13 @@ from fastft.engine.attach import STATE
 from fastft.engine.graphs import GraphMode
 from fastft.engine.ledger import Ledger
 from fastft.engine.reading import ModelReading
+from fastft.engine.watch import CHECKPOINT
 from fastft.models.identity import why_mode
 from fastft.models.spec import LayerSpec
 from fastft.plan import Choices, Policy
 
 _C: Any = torch._C
 _TRACING_MODES = tuple(getattr(_C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
-_CHECKPOINT = "_gradient_checkpointing_func"
-"""Where a module of Hugging Face's keeps how it is checkpointed."""
 REPLACED = "its forward was replaced"
 READ = "_fastft_read"
 """The attribute under which a patched model with head keeps its `Read`."""
@@ -162,16 +161,16 @@ class EngineSettings:
         """Within it, nothing of the model runs fused, nor what gradient checkpointing runs again in the backward."""
         before, self.why_stock = self.why_stock, reason
         model = self.model() if torch.is_grad_enabled() else None
-        checkpointed = [] if model is None else [m.__dict__ for m in model.modules() if _CHECKPOINT in m.__dict__]
-        own = [attributes[_CHECKPOINT] for attributes in checkpointed]
+        checkpointed = [] if model is None else [m.__dict__ for m in model.modules() if CHECKPOINT in m.__dict__]
+        own = [attributes[CHECKPOINT] for attributes in checkpointed]
         for attributes, checkpoint in zip(checkpointed, own, strict=True):
-            attributes[_CHECKPOINT] = partial(self._checkpoint_stock, reason, checkpoint)
+            attributes[CHECKPOINT] = partial(self._checkpoint_stock, reason, checkpoint)
         try:
             yield
         finally:
             self.why_stock = before
             for attributes, checkpoint in zip(checkpointed, own, strict=True):
-                attributes[_CHECKPOINT] = checkpoint
+                attributes[CHECKPOINT] = checkpoint
 
     def _checkpoint_stock(
         self, reason: str, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any

@@ -1,5 +1,6 @@
 """What the engine can run, asked of the modules as they are now; each answer is a reason for the ledger."""
 
+import functools
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import torch
 import transformers.utils.output_capturing as output_capturing
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastft.adapters.lora import has_hooks, why_called, why_not_fused
-from fastft.engine.watch import has_global_hooks
+from fastft.engine.watch import CHECKPOINT, has_global_hooks
 from fastft.models.identity import (
     is_own,
     why_called_otherwise,
@@ -28,6 +30,8 @@ from fastft.models.identity import (
 from fastft.models.spec import ACTIVATIONS, LayerSpec
 
 NO_LABELS = "no labels were given"
+_OF_CHECKPOINTS = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"}
+"""What says how a layer is run again, and changes no result."""
 GLOBAL_HOOKS = "hooks on all modules are registered"
 
 
@@ -66,6 +70,8 @@ def why_no_stack(backbone: nn.Module, layers: Sequence[nn.Module], spec: LayerSp
     reason = why_other_class(rotary, spec.module, spec.rotary_class) or _why_replaced(rotary)
     if reason is not None:
         return reason
+    if getattr(backbone.config, "is_causal", None) not in (None, True):
+        return "its configuration says that attention is not causal"
     if has_hooks(rotary):
         return f"{type(rotary).__name__} has hooks"
     if has_global_hooks():
@@ -119,7 +125,19 @@ def _why_no_layer(layer: nn.Module, spec: LayerSpec, index: int) -> str | None:
         return reason
     if hasattr(layer, "_hf_hook"):
         return "accelerate moves it between devices"
-    return None
+    return _why_other_checkpoint(layer)
+
+
+def _why_other_checkpoint(layer: nn.Module) -> str | None:
+    """Why gradient checkpointing of this layer does more than to run it again, or None where it does not."""
+    function = layer.__dict__.get(CHECKPOINT)
+    if function is None or not getattr(layer, "gradient_checkpointing", False):
+        return None
+    plain = function.func if isinstance(function, functools.partial) and not function.args else function
+    if plain is not checkpoint:
+        return f"its gradient checkpointing is {getattr(plain, '__qualname__', type(plain).__name__)}"
+    others = set(getattr(function, "keywords", ())) - _OF_CHECKPOINTS
+    return f"its gradient checkpointing has {', '.join(sorted(others))}" if others else None
 
 
 def _why_not_configured(layer: nn.Module, spec: LayerSpec, index: int) -> str | None:

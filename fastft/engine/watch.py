@@ -5,6 +5,7 @@ forwards, constants, the active adapter, what is trained.  Asking for all of the
 launching the layer's kernels.  A `Watch` remembers them as flat lists that C code compares.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, repeat
@@ -14,6 +15,7 @@ from typing import Any
 import torch.nn.modules.module as torch_module
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from fastft.adapters.lora import has_hooks
 from fastft.models.calls import Bound, Calls, calls_of, together
@@ -25,6 +27,8 @@ _WITHOUT_CONSTANTS = (nn.Linear, nn.Identity)
 _CONSTANT = (bool, int, float, str, type(None))
 _SWITCHES = ("_active_adapter", "_disable_adapters", "training")
 """Of a layer with adapters."""
+CHECKPOINT = "_gradient_checkpointing_func"
+"""Where a module of Hugging Face's keeps how it is checkpointed."""
 _OF_CLASS = ("forward", "__call__", "__getattr__")
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -58,39 +62,40 @@ class Watch:
         below = list(dict.fromkeys(chain.from_iterable(module.modules() for module in modules)))
         # What only holds others is never called, and whatever is put into an empty one changes no result.
         called = [m for m in below if not isinstance(m, _CONTAINERS)]
-        self._below = [m for m in below if not isinstance(m, _CONTAINERS) or m._modules or m._parameters]
-        self._types = list(map(type, self._below))
+        self._modules = called
+        self._types = list(map(type, called))
         # All else is looked up in these anew: what they hold may be replaced as a whole.
-        self._attributes = list(map(vars, self._below))
+        self._attributes = list(map(vars, called))
         kinds: dict[type[nn.Module], Calls] = {kind: calls_of(kind) for kind in dict.fromkeys(map(type, called))}
         of_class = [(kind, name, getattr(kind, name)) for kind in kinds for name in _OF_CLASS]
         self._reached = together([*reached, *kinds.values()], [*bound, *of_class])
-        self._called = list(map(vars, called))
-        self._hooked = self._now_hooked()
+        self._layers = [attributes for attributes in self._attributes if "gradient_checkpointing" in attributes]
+        self._registered, self._hooked = _registered(), self._now_hooked()
         self._forwards = self._now_forwards()
         # Only what holds something: whatever is added to a module without parts or weights changes no result, unless it
         # comes with another `forward` or a hook.
-        self._parents = [attributes for attributes in self._attributes if attributes["_modules"]]
-        self._owners = [attributes for attributes in self._attributes if attributes["_parameters"]]
-        self._sizes, self._members = self._now_members()
+        holding = [vars(m) for m in below]
+        self._parents = [attributes for attributes in holding if attributes["_modules"]]
+        self._owners = [attributes for attributes in holding if attributes["_parameters"]]
+        self._members = list(map(dict, self._now_members()))
+        self._frozen = [p for state in self._owners for p in state["_parameters"].values() if p is not None]
         self._adapted = [vars(m) for m in below if isinstance(m, LoraLayer)]
         self._switches = [{name: state[name] for name in _SWITCHES} for state in self._adapted]
         self._scalings = [dict(state["scaling"]) for state in self._adapted]
-        self._flags, self._numbers = self._now_adapted()
-        self._flags = [list(map(_copied, column)) for column in self._flags]
-        self._frozen = [p for p in self._members if isinstance(p, nn.Parameter)]
+        self._flags = list(map(_copied, self._now_adapted()))
         self._trained = list(map(_requires_grad, self._frozen))
-        holding = [m for m in called if not isinstance(m, (*_WITHOUT_CONSTANTS, LoraLayer))]
-        holders = [(vars(m), kinds[type(m)].mentioned - _OF_EVERY_MODULE) for m in holding]
+        # Members are compared as objects, but for tensors of one element, which may be equal though they are others.
+        self._single = any(p.numel() == 1 for p in self._frozen)
+        computing = [m for m in called if not isinstance(m, (*_WITHOUT_CONSTANTS, LoraLayer))]
+        holders = [(vars(m), kinds[type(m)].mentioned - _OF_EVERY_MODULE) for m in computing]
         configs = {id(c): c for c in (config, *(state.get("config") for state, _ in holders)) if hasattr(c, "__dict__")}
         holders += [(vars(each), frozenset()) for each in configs.values()]
-        self._names = [(holder, _read_of(holder, mentioned)) for holder, mentioned in holders]
-        self._names = [(holder, names) for holder, names in self._names if names]
+        self._names = [(holder, names) for holder, mentioned in holders if (names := _read_of(holder, mentioned))]
         # Twice the first, so that even a single one is read as a tuple.
         self._readers = [(itemgetter(names[0], *names), holder) for holder, names in self._names]
-        self._lengths, self._values = self._now_values()
+        self._values = self._now_values()
         self._lists = [(h, n, list(h[n])) for h, names in self._names for n in names if type(h[n]) is list]
-        self._buffered = [(state, dict(state["_buffers"])) for state in self._called if state["_buffers"]]
+        self._buffered = [(state, dict(state["_buffers"])) for state in self._attributes if state["_buffers"]]
         self.quiet = not any(map(has_hooks, called))
         """Whether none of the modules has a hook that anybody hears of."""
 
@@ -98,18 +103,18 @@ class Watch:
         """Whether everything is still as it was."""
         try:
             return (
-                all(map(is_, map(vars, self._below), self._attributes))
-                and self._hooked == self._now_hooked()
-                and self._types == list(map(type, self._below))
-                and _are((self._sizes, self._members), self._now_members())
+                not self._single
+                and self._types == list(map(type, self._modules))
+                and self._are_hooked_alike()
+                and self._members == self._now_members()
                 and all(map(is_, self._forwards, self._now_forwards()))
-                and _are((self._flags, self._numbers), self._now_adapted())
+                and self._flags == self._now_adapted()
                 and self._trained == list(map(_requires_grad, self._frozen))
                 and self._reached.hold()
-                and _are((self._lengths, self._values), self._now_values())
+                and _are(self._values, self._now_values())
                 and all(type(holder[name]) is list and holder[name] == was for holder, name, was in self._lists)
             )
-        except KeyError:  # a constant was deleted
+        except (KeyError, RuntimeError):  # a constant was deleted, or two tensors are no true or false
             return False
 
     @contextmanager
@@ -120,7 +125,7 @@ class Watch:
         holders = [holder for holder, _ in self._names] + self._adapted + scalings
         before, trained = list(map(dict, holders)), list(map(_requires_grad, self._frozen))
         buffers = [dict(state["_buffers"]) for state, _ in self._buffered]
-        values = iter(self._values)
+        values = iter(self._values[1])
         try:
             for holder, names in self._names:
                 holder.update(zip((names[0], *names), values, strict=False))
@@ -143,33 +148,45 @@ class Watch:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
 
+    def _are_hooked_alike(self) -> bool:
+        """Whether the modules' hooks are those that they had; not looked for where nobody registered any since, and
+        there was none that could have gone."""
+        registered = _registered()
+        if registered != self._registered or self._hooked:
+            if self._hooked != self._now_hooked():
+                return False
+            self._registered = registered
+        return True
+
     def _now_hooked(self) -> list[Any]:
-        if not any(chain.from_iterable(map(_hooks_of, self._called))):
-            return []
-        return [list(each.values()) for each in chain.from_iterable(map(_hooks_of, self._called)) if each]
+        return [list(each.values()) for each in chain.from_iterable(map(_hooks_of, self._attributes)) if each]
 
     def _now_forwards(self) -> list[Any]:
-        return list(map(dict.get, self._called, repeat("forward")))
+        """What was put in the place of a module's `forward`, and how Hugging Face's layers are checkpointed."""
+        return [
+            *map(dict.get, self._attributes, repeat("forward")),
+            *map(dict.get, self._layers, repeat(CHECKPOINT)),
+        ]
 
-    def _now_members(self) -> tuple[list[int], list[Any]]:
-        """How much every module holds, and the modules and parameters themselves."""
-        registries = [*map(_modules_of, self._parents), *map(_parameters_of, self._owners)]
-        return list(map(len, registries)), list(chain.from_iterable(map(dict.values, registries)))
+    def _now_members(self) -> list[dict[str, Any]]:
+        """The modules and parameters that each of them holds."""
+        return [*map(_modules_of, self._parents), *map(_parameters_of, self._owners)]
 
-    def _now_adapted(self) -> tuple[list[Any], list[Any]]:
-        """The adapters' switches, a list for each kind of switch, and their scalings."""
-        if not self._adapted:
-            return [], []
-        *switches, scalings, variants = map(list, zip(*map(_of_adapters, self._adapted), strict=True))
-        # The number of attributes too, and of scalings: a new one may stand before what the class has.
-        flags = [*switches, list(map(list, variants)), list(map(len, self._adapted)), list(map(len, scalings))]
-        return flags, list(chain.from_iterable(map(dict.values, scalings)))
+    def _now_adapted(self) -> list[Any]:
+        """The adapters' switches and scalings.  The number of attributes too: a new one may stand before what the class
+        has."""
+        return [*chain.from_iterable(map(_of_adapters, self._adapted)), *map(len, self._adapted)]
 
     def _now_values(self) -> tuple[list[int], list[Any]]:
         return (
             [len(holder) for _, holder in self._readers],
             list(chain.from_iterable([read(holder) for read, holder in self._readers])),
         )
+
+
+def _registered() -> int:
+    """Grows with every hook that is registered anywhere."""
+    return RemovableHandle.next_id
 
 
 def _are(then: tuple[list[Any], list[Any]], now: tuple[list[Any], list[Any]]) -> bool:
@@ -186,7 +203,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def _copied(value: Any) -> Any:
     """What is compared with `value` later, even if that is changed in place."""
-    return list(value) if isinstance(value, list) else value
+    return copy.copy(value) if isinstance(value, (list, dict)) else value
 
 
 def _read_of(holder: dict[str, Any], mentioned: frozenset[str]) -> list[str]:
