@@ -38,8 +38,9 @@ class WeakMethod:
     Who looks at it sees the method that it stands for: its name, its signature, its source.
     """
 
-    # No attributes of its own: `functools.wraps` would copy them, and somebody's wrapper would pass for this.
-    __slots__ = ("__func__", "_module", "_name")
+    # Nothing of its own in its `__dict__`: `functools.wraps` would copy it, and somebody's wrapper would pass for this.
+    # To have one is what torch.compile of 2.11 expects of any object.
+    __slots__ = ("__dict__", "__func__", "_module", "_name")
 
     def __init__(self, function: Callable[..., Any], module: nn.Module, name: str) -> None:
         """`name` is under which it stands on the module."""

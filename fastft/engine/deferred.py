@@ -167,15 +167,15 @@ class Source:
         self.autocast = _autocast_now(hidden.device.type)
         self._local: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def make(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The values of these hidden states.
+    def make(self, hidden: torch.Tensor, *, complete: bool = False) -> torch.Tensor:
+        """The values of these hidden states, or of all where rows were left out.
 
         Raises:
             RuntimeError: the head has changed since the forward.
         """
         if (self._weight._version, self._weight.data_ptr()) != self._was:
             raise RuntimeError(_CHANGED.format(what="Logits", changed="the head has"))
-        return self._make(hidden)
+        return self._make(self.left_out.complete(hidden) if complete and self.left_out is not None else hidden)
 
     def local(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A leaf that stands for the hidden states, and the values as a function of it, where none is left out."""
@@ -187,15 +187,13 @@ class Source:
 
     def completed(self) -> torch.Tensor:
         """The values where some rows of the hidden states were left out: of stock's, in a graph of their own."""
-        assert self.left_out is not None
         with _as_called(), self.autocast():
-            return self.make(self.left_out.complete(self.hidden))
+            return self.make(self.hidden, complete=True)
 
     def detached(self) -> torch.Tensor:
         """The values without a graph."""
         with _without_graph(), self.autocast():
-            hidden = self.hidden.detach()
-            return self.make(hidden if self.left_out is None else self.left_out.complete(hidden))
+            return self.make(self.hidden.detach(), complete=True)
 
     def gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """The hidden states' gradient, from the values' (B × S × V)."""
@@ -215,7 +213,7 @@ class Source:
             )
         with _as_called(), self.autocast():
             leaf = self._leaf()
-            values = self.make(self.left_out.complete(leaf) if reaches_padding else leaf)
+            values = self.make(leaf, complete=reaches_padding)
         # What the padding's rows owe to the adapters goes straight to them, in a backward within this one.
         torch.autograd.backward(values, gradient.to(values.dtype))
         assert leaf.grad is not None
@@ -333,12 +331,13 @@ class _Promise(torch.autograd.Function):
         made: Deferred = torch.Tensor._make_wrapper_subclass(Deferred, shape, dtype=dtype, device=hidden.device)
         made.source, made._made_values = source, None
         ctx.source = source
+        ctx.set_materialize_grads(False)  # zeros for a loss that passes them by would be as large as the logits
         return made
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """The hidden states' gradient."""
-        return ctx.source.gradient(grad_outputs[0]), None, None, None
+        return None if grad_outputs[0] is None else ctx.source.gradient(grad_outputs[0]), None, None, None
 
 
 class _Fulfilled(torch.autograd.Function):

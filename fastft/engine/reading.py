@@ -112,14 +112,15 @@ class ModelReading:
     def as_it_is(self) -> Callable[[], AbstractContextManager[bool]]:
         """What puts switches and constants of the layers back to what they are now, and says whether all is so then."""
         watch, count = self._watch, self.count
+        buffers = [] if watch is None else watch.buffers()
 
         @contextmanager
         def put_back() -> Iterator[bool]:
             if watch is None:
                 yield self.count == count
                 return
-            with watch.put_back():
-                yield watch.unchanged()
+            with watch.put_back(buffers):
+                yield watch.computes_what_it_did()
 
         return put_back
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastft.adapters.lora import has_hooks
+from fastft.engine.attach import WeakMethod
 from fastft.models.calls import Bound, Calls, calls_of, together
 
 _requires_grad = attrgetter("requires_grad")
@@ -93,21 +94,37 @@ class Watch:
         self._names = [(holder, names) for holder, mentioned in holders if (names := _read_of(holder, mentioned))]
         # Twice the first, so that even a single one is read as a tuple.
         self._readers = [(itemgetter(names[0], *names), holder) for holder, names in self._names]
-        self._values = self._now_values()
+        self._values, self._lengths = self._now_values(), self._now_lengths()
         self._lists = [(h, n, list(h[n])) for h, names in self._names for n in names if type(h[n]) is list]
-        self._buffered = [(state, dict(state["_buffers"])) for state in self._attributes if state["_buffers"]]
+        self._buffered = [state for state in self._attributes if state["_buffers"]]
         self.quiet = not any(map(has_hooks, called))
         """Whether none of the modules has a hook that anybody hears of."""
 
     def unchanged(self) -> bool:
         """Whether everything is still as it was."""
+        return (
+            self._lengths == self._now_lengths()
+            and all(map(is_, self._forwards, self._now_forwards()))
+            and self._are_hooked_alike()
+            and self._computes_alike()
+        )
+
+    def computes_what_it_did(self) -> bool:
+        """Whether the modules still compute the same; hooks may have gone by which a forward collected its outputs, and
+        the engine's own forwards."""
+        forwards = zip(self._forwards, self._now_forwards(), strict=True)
+        return (
+            self.quiet == (not any(map(has_hooks, self._modules)))
+            and all(then is now or (now is None and type(then) is WeakMethod) for then, now in forwards)
+            and self._computes_alike()
+        )
+
+    def _computes_alike(self) -> bool:
         try:
             return (
                 not self._single
                 and self._types == list(map(type, self._modules))
-                and self._are_hooked_alike()
                 and self._members == self._now_members()
-                and all(map(is_, self._forwards, self._now_forwards()))
                 and self._flags == self._now_adapted()
                 and self._trained == list(map(_requires_grad, self._frozen))
                 and self._reached.hold()
@@ -117,29 +134,33 @@ class Watch:
         except (KeyError, RuntimeError):  # a constant was deleted, or two tensors are no true or false
             return False
 
+    def buffers(self) -> list[dict[str, Any]]:
+        """The buffers of each module that has some."""
+        return [dict(state["_buffers"]) for state in self._buffered]
+
     @contextmanager
-    def put_back(self) -> Iterator[None]:
-        """While this lasts, plain values, buffers and the adapters' switches are as they were; what else changed
-        stays."""
+    def put_back(self, buffers: list[dict[str, Any]]) -> Iterator[None]:
+        """While this lasts, plain values and the adapters' switches are as they were, and buffers what is given; what
+        else changed stays."""
         scalings = [state["scaling"] for state in self._adapted]
         holders = [holder for holder, _ in self._names] + self._adapted + scalings
         before, trained = list(map(dict, holders)), list(map(_requires_grad, self._frozen))
-        buffers = [dict(state["_buffers"]) for state, _ in self._buffered]
-        values = iter(self._values[1])
+        buffers_before = self.buffers()
+        values = iter(self._values)
         try:
             for holder, names in self._names:
                 holder.update(zip((names[0], *names), values, strict=False))
             for state, switches, scaling in zip(self._adapted, self._switches, self._scalings, strict=True):
                 state.update(switches)
                 state["scaling"].update(scaling)
-            for state, of_then in self._buffered:
+            for state, of_then in zip(self._buffered, buffers, strict=True):
                 state["_buffers"].update(of_then)
             self._train(self._trained)
             yield
         finally:
             for holder, attributes in zip(holders, before, strict=True):
                 holder.update(attributes)
-            for (state, _), of_now in zip(self._buffered, buffers, strict=True):
+            for state, of_now in zip(self._buffered, buffers_before, strict=True):
                 state["_buffers"].update(of_now)
             self._train(trained)
 
@@ -173,15 +194,15 @@ class Watch:
         return [*map(_modules_of, self._parents), *map(_parameters_of, self._owners)]
 
     def _now_adapted(self) -> list[Any]:
-        """The adapters' switches and scalings.  The number of attributes too: a new one may stand before what the class
-        has."""
-        return [*chain.from_iterable(map(_of_adapters, self._adapted)), *map(len, self._adapted)]
+        """The adapters' switches and scalings."""
+        return list(chain.from_iterable(map(_of_adapters, self._adapted)))
 
-    def _now_values(self) -> tuple[list[int], list[Any]]:
-        return (
-            [len(holder) for _, holder in self._readers],
-            list(chain.from_iterable([read(holder) for read, holder in self._readers])),
-        )
+    def _now_values(self) -> list[Any]:
+        return list(chain.from_iterable([read(holder) for read, holder in self._readers]))
+
+    def _now_lengths(self) -> list[int]:
+        """How many attributes they have: a new one may stand before what the class has."""
+        return [*map(len, self._adapted), *[len(holder) for _, holder in self._readers]]
 
 
 def _registered() -> int:
@@ -189,11 +210,9 @@ def _registered() -> int:
     return RemovableHandle.next_id
 
 
-def _are(then: tuple[list[Any], list[Any]], now: tuple[list[Any], list[Any]]) -> bool:
-    """Whether the first of each pair are equal, and the second the same objects, or equal constants."""
-    if then[0] != now[0]:
-        return False
-    return all(map(is_, then[1], now[1])) or all(map(_same, then[1], now[1]))
+def _are(then: list[Any], now: list[Any]) -> bool:
+    """Whether these are the same objects, or equal constants."""
+    return all(map(is_, then, now)) or all(map(_same, then, now))
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from fastft import ledger_of, patch_model
+from fastft.engine.deferred import Source
 from fastft.models.kv_cache import KV_CACHE
 
 Batches = Callable[[str], dict[str, Tensor]]
@@ -318,3 +319,12 @@ def test_a_divisor_that_is_no_constant_is_stocks(items: str, both: Pair, batch: 
         loss.sum().backward()
         found.append((loss.detach(), divisor.grad))
     torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
+def test_a_loss_alone_makes_no_logits(both: Pair, batch: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor a gradient of zeros in their shape, which would be the largest tensor of the step."""
+    _, model = both()
+    monkeypatch.setattr(Source, "gradient", None)
+    monkeypatch.setattr(Source, "make", None)
+    for form in ("none", "right", "left"):
+        model(**batch(form)).loss.backward()
