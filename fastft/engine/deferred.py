@@ -135,12 +135,21 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-class Wanted:
-    """Whether anybody looks at the gradient of the logits themselves, which a loss can then not leave out."""
+class Uses:
+    """What a graph knows of the logits' source: it keeps it, and so the hidden states, only once somebody used values
+    or looked at their gradient.  For a loss alone nothing is kept."""
 
-    def __init__(self) -> None:
-        self.source: Source | None = None
-        """Where the logits come from, once somebody does."""
+    def __init__(self, source: "Source") -> None:
+        self.kept: Source | None = None
+        self.gradient_is_wanted = False
+        """Whether a loss cannot leave the logits' own gradient out."""
+        self._source = weakref.ref(source)
+
+    def source(self) -> "Source":
+        """Where the logits come from.  Whoever starts a backward at them has them."""
+        source = self.kept or self._source()
+        assert source is not None
+        return source
 
 
 class LeftOut(NamedTuple):
@@ -163,9 +172,17 @@ class Source:
     ) -> None:  # fmt: skip
         self.hidden, self.dtype, self._make, self.left_out = hidden, dtype, make, left_out
         self._weight, self._was = weight, (weight._version, weight.data_ptr())
-        self.wanted = Wanted()
+        self._uses: weakref.ref[Uses] | None = None
         self.autocast = _autocast_now(hidden.device.type)
         self._local: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def uses(self) -> Uses:
+        """What the graphs of these logits share; they keep it."""
+        uses = None if self._uses is None else self._uses()
+        if uses is None:
+            uses = Uses(self)
+            self._uses = weakref.ref(uses)
+        return uses
 
     def make(self, hidden: torch.Tensor, *, complete: bool = False) -> torch.Tensor:
         """The values of these hidden states, or of all where rows were left out.
@@ -179,6 +196,7 @@ class Source:
 
     def local(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A leaf that stands for the hidden states, and the values as a function of it, where none is left out."""
+        self.uses().kept = self
         if self._local is None:
             with _as_called(), self.autocast():
                 leaf = self._leaf()
@@ -192,6 +210,7 @@ class Source:
 
     def detached(self) -> torch.Tensor:
         """The values without a graph."""
+        self.uses().kept = self
         with _without_graph(), self.autocast():
             return self.make(self.hidden.detach(), complete=True)
 
@@ -249,7 +268,7 @@ class Deferred(torch.Tensor):
         """The values, differentiable, as they would have been when the model was called."""
         if self._made_values is None:
             with _as_called():
-                if self.source.left_out is not None and self.source.wanted.source is None:
+                if self.source.left_out is not None and not self.source.uses().gradient_is_wanted:
                     self._made_values = self.source.completed().to(self.dtype)
                 else:
                     self._made_values = _Fulfilled.apply(self)
@@ -296,7 +315,8 @@ def _of_its_gradient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         looked_at = args[0]
     for each in tree_leaves(looked_at):
         if type(each) is Deferred:
-            each.source.wanted.source = each.source
+            uses = each.source.uses()
+            uses.kept, uses.gradient_is_wanted = each.source, True
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 
@@ -330,14 +350,15 @@ class _Promise(torch.autograd.Function):
         """A tensor of this shape without values."""
         made: Deferred = torch.Tensor._make_wrapper_subclass(Deferred, shape, dtype=dtype, device=hidden.device)
         made.source, made._made_values = source, None
-        ctx.source = source
+        ctx.uses = source.uses()
         ctx.set_materialize_grads(False)  # zeros for a loss that passes them by would be as large as the logits
         return made
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """The hidden states' gradient."""
-        return None if grad_outputs[0] is None else ctx.source.gradient(grad_outputs[0]), None, None, None
+        gradient = grad_outputs[0]
+        return None if gradient is None else ctx.uses.source().gradient(gradient), None, None, None
 
 
 class _Fulfilled(torch.autograd.Function):

@@ -127,7 +127,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 del logits_NV
         if needs_grad:
             ctx.shape = hidden_TD.shape
-            ctx.wanted = None if logits is None else logits.source.wanted
+            ctx.uses = None if logits is None else logits.source.uses()
             ctx.save_for_backward(gradient_ND, row_divisor_N, rows_N, targets_T, path_to(hidden_TD))
         return total
 
@@ -136,8 +136,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """The hidden states' gradient: zero in rows without a target."""
         gradient_ND, row_divisor_N, rows_N, targets_T, _ = ctx.saved_tensors
-        if ctx.wanted is not None and ctx.wanted.source is not None:
-            gradient_TV = _of_logits(ctx.wanted.source, targets_T, rows_N, grad_outputs[0].float())
+        if ctx.uses is not None and ctx.uses.gradient_is_wanted:
+            gradient_TV = _of_logits(ctx.uses.source(), targets_T, rows_N, grad_outputs[0].float())
             return *[None] * 7, gradient_TV
         # In fp32, whatever the gradient's dtype: in its 16 bits the factor would be rounded, and so move every gradient
         # of the row by up to 0.4 %, or make an fp16 loss scale of 2¹⁶ infinite.

@@ -5,6 +5,7 @@ Read late, by whatever way, they are what stock's output has held all along, and
 
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -328,3 +329,14 @@ def test_a_loss_alone_makes_no_logits(both: Pair, batch: Batches, monkeypatch: p
     monkeypatch.setattr(Source, "make", None)
     for form in ("none", "right", "left"):
         model(**batch(form)).loss.backward()
+
+
+def test_a_loss_alone_keeps_no_hidden_states(both: Pair, batch: Batches) -> None:
+    """They would be B × S × D more at the peak, which is in the backward."""
+    _, model = both()
+    output = model(**batch("right"))
+    hidden = weakref.ref(output.logits.source.hidden)
+    loss = output.loss
+    del output
+    assert hidden() is None
+    loss.backward()
