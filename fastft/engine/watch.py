@@ -33,7 +33,7 @@ CHECKPOINT = "_gradient_checkpointing_func"
 _OF_CLASS = ("forward", "__call__", "__getattr__")
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_modules_of, _parameters_of, _buffers_of = map(itemgetter, ("_modules", "_parameters", "_buffers"))
+_modules_of, _parameters_of = itemgetter("_modules"), itemgetter("_parameters")
 _of_adapters = itemgetter(*_SWITCHES, "merged_adapters", "scaling", "lora_variant")
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,

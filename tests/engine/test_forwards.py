@@ -795,9 +795,8 @@ def test_a_constant_that_is_a_tensor_is_trained_or_changes_in_place(constant, wh
             reasons = " ".join(path.reason for path in ledger_of(model).fallbacks.values())
             assert "not a number" in reasons
     assert results[1][:2] == pytest.approx(results[0][:2], rel=1e-5)
-    assert (
-        error_of(results[1][2], results[0][2]) < 5 * TOLERANCE
-    )  # another scaling makes attention sharper, and rounding larger
+    # Another scaling makes attention sharper, and rounding larger.
+    assert error_of(results[1][2], results[0][2]) < 5 * TOLERANCE
 
 
 def test_other_output_embeddings_are_not_the_head_that_stock_calls(toy, batch_of, equal_to_stock):
