@@ -6,11 +6,10 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers.utils.output_capturing as output_capturing
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastft.adapters.lora import has_hooks, why_called, why_not_fused
 from fastft.engine.watch import CHECKPOINT, has_global_hooks
@@ -192,8 +191,6 @@ def why_no_loss(model: Any) -> str | None:
     """Why this model's loss is not the cross-entropy that the engine computes, or None where it is."""
     if model.loss_function is not ForCausalLMLoss:
         return f"its loss function is {getattr(model.loss_function, '__name__', model.loss_function)}"
-    if not is_own(F.cross_entropy) or not is_own(fixed_cross_entropy):
-        return "the cross-entropy that it calls was replaced"
     return why_other_loss()
 
 

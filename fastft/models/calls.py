@@ -5,6 +5,7 @@ class, functions of its module and functions of PyTorch it may call; those that 
 in turn.  All of them must be the libraries' own, and stay the ones that they were.
 """
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -23,6 +24,8 @@ _LOOKED_INTO = (
     "transformers.modeling_", "transformers.pytorch_utils", "transformers.loss.", "peft.tuners.", "torch.nn.",
 )  # fmt: skip
 """Where models' own code is.  What else is reached must be the one that it was, whatever it calls itself."""
+
+_CONTEXTS = contextlib.__file__
 
 _OF_C = ("_C", "_nn", "_VF")
 """Where PyTorch keeps its functions in C."""
@@ -148,36 +151,39 @@ class _Walk:
                         self._replaced(module, name)
                     if value not in seen:
                         self._attributes(value, names, seen)
-            elif isinstance(value, type):
-                continue  # a class of outputs, of caches, a dtype's limits: nothing that a layer computes with
-            elif callable(value):
-                if self._is_new(module, name, value):
-                    self._function(module, name, value, None)
-            elif _package(type(value).__module__) in _LIBRARIES and hasattr(type(value), "__getitem__"):
-                # A registry of functions, which is asked for one.
-                self._is_new(module, name, value)
-                self._methods(type(value), names, type(value))
+            elif self._is_new(module, name, value):
+                self._value(module, name, value, None)
+                if _package(type(value).__module__) in _LIBRARIES and hasattr(type(value), "__getitem__"):
+                    # A registry of functions, which is asked for one.
+                    self._methods(type(value), names, type(value))
 
     def _methods(self, kind: type, names: set[str], called_on: Any) -> set[str]:
         """The names that are functions of the class, but for those that every module has."""
         methods = set()
         for name in names:
             value = _in_class(kind, name)
-            function = getattr(value, "__func__", getattr(value, "fget", value))
-            if not callable(function) or isinstance(function, type):
+            if value is _NOWHERE:
                 continue
-            if name != "forward":  # which is asked for by itself, and is the engine's in what it patched
+            function = getattr(value, "__func__", getattr(value, "fget", value))
+            # `forward` is asked for by itself, and is the engine's in what it patched.
+            if callable(function) and not isinstance(function, type) and name != "forward":
                 methods.add(name)
-            now = getattr(kind, name)
-            if now is getattr(kind, name) and self._is_new(kind, name, now):  # a class method is made anew each time
-                self._function(kind, name, function, called_on)
+            now = getattr(kind, name, None)
+            # A class method is made anew each time.
+            if now is getattr(kind, name, None) and self._is_new(kind, name, now):
+                self._value(kind, name, function, called_on)
         return methods
 
-    def _function(self, holder: Any, name: str, function: Any, kind: Any) -> None:
-        if not _is_own(function, name):
-            self._replaced(holder, name)
-        elif (inner := _below(function)) is not None and (inner.__module__ or "").startswith(_LOOKED_INTO):
-            self.enter(inner, kind)
+    def _value(self, holder: Any, name: str, value: Any, called_on: Any) -> None:
+        """What stands under a name.  Numbers and None are only compared: another time a function may stand there."""
+        if isinstance(value, type):  # of outputs, of caches, of a dtype's limits
+            if _package(value.__module__) not in (*_LIBRARIES, *sys.stdlib_module_names):
+                self._replaced(holder, name)
+        elif callable(value):
+            if not _is_own(value, name):
+                self._replaced(holder, name)
+            elif (inner := _below(value)) is not None and (inner.__module__ or "").startswith(_LOOKED_INTO):
+                self.enter(inner, called_on)
 
     def _is_new(self, holder: Any, name: str, value: Any) -> bool:
         key = id(holder), name
@@ -199,12 +205,15 @@ def _is_own(function: Any, name: str) -> bool:
     return _package(kind) in _LIBRARIES
 
 
+_NOWHERE = object()
+
+
 def _in_class(kind: type, name: str) -> Any:
-    """What a class has under a name, as it is written there; None for what `object` and `nn.Module` have."""
+    """What a class has under a name, as it is written there; `_NOWHERE` for what `object` and `nn.Module` have."""
     for each in kind.__mro__:
         if name in vars(each):
-            return None if each in (object, nn.Module) else vars(each)[name]
-    return None
+            return _NOWHERE if each in (object, nn.Module) else vars(each)[name]
+    return _NOWHERE
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -219,9 +228,12 @@ def _below(function: Any) -> FunctionType | None:
         function = getattr(function, "__func__", function)
         if isinstance(function, functools._lru_cache_wrapper):
             function = function.__wrapped__
-        if not isinstance(function, FunctionType) or not _is_in_library(function.__code__):
+        if not isinstance(function, FunctionType):
             return None
         inner: Any = getattr(function, "__wrapped__", None)
+        # Libraries decorate with Python's context managers, too.
+        if not _is_in_library(function.__code__) and (inner is None or function.__code__.co_filename != _CONTEXTS):
+            return None
         if inner is None:
             return function
         function = inner

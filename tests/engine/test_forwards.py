@@ -795,8 +795,11 @@ def test_a_constant_that_is_a_tensor_is_trained_or_changes_in_place(constant, wh
             reasons = " ".join(path.reason for path in ledger_of(model).fallbacks.values())
             assert "not a number" in reasons
     assert results[1][:2] == pytest.approx(results[0][:2], rel=1e-5)
-    # Another scaling makes attention sharper, and rounding larger.
-    assert error_of(results[1][2], results[0][2]) < 5 * TOLERANCE
+    theirs, ours = ({name: each for name, each in result[2].items() if each.dim()} for result in results)
+    assert error_of(ours, theirs) < TOLERANCE
+    for name in results[0][2].keys() - theirs.keys():
+        # A number's gradient is a sum of terms that cancel: stock's own is up to 1.8e-5 from its gradient in fp64.
+        assert results[1][2][name].item() == pytest.approx(results[0][2][name].item(), rel=5 * TOLERANCE)
 
 
 def test_other_output_embeddings_are_not_the_head_that_stock_calls(toy, batch_of, equal_to_stock):
