@@ -23,7 +23,7 @@ from fastft.engine.context import context_of, why_other_kernel
 from fastft.engine.deferred import DeferredCache, LeftOut, Rest
 from fastft.engine.forwards import layer_forward
 from fastft.engine.host_embedding import keep_on_host
-from fastft.engine.inputs import Inputs, LayerKind
+from fastft.engine.inputs import Inputs, LayerKind, owned
 from fastft.engine.loss import Targets
 from fastft.engine.norm import norm_forward
 from fastft.engine.packed import Documents, confirmation, told_documents
@@ -244,17 +244,13 @@ def why_not_gathered(backbone: nn.Module, given: dict[str, Any]) -> str | None:
 
 
 def _owned(backbone: nn.Module, spec: LayerSpec, given: dict[str, Any], gathered: Inputs) -> Inputs:
-    """`gathered` with hidden states of its own, where they may be a buffer that somebody fills anew for the next batch.
-
-    The backward reads them, as stock's does not; but where they are differentiated, stock's says that they changed.
-    """
-    embedding, hidden_BSD = getattr(backbone, spec.embedding), gathered.hidden_BSD
+    """`gathered` with hidden states of its own, where they may be a buffer that somebody fills anew."""
+    embedding = getattr(backbone, spec.embedding)
     plain = type(embedding).forward is nn.Embedding.forward and "forward" not in embedding.__dict__
-    if given.get("inputs_embeds") is None and plain and not has_hooks(embedding):
+    made_here = given.get("inputs_embeds") is None and plain and not has_hooks(embedding)
+    if made_here or spec.embedding_multiplier is not None:
         return gathered
-    if spec.embedding_multiplier is not None or hidden_BSD.requires_grad:
-        return gathered
-    own_BSD = hidden_BSD.clone()
+    own_BSD = owned(gathered.hidden_BSD)
     return gathered._replace(hidden_BSD=own_BSD, embeds_BSD=own_BSD)
 
 

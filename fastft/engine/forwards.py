@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastft.engine.attach import STATE
 from fastft.engine.context import context_of, why_other_kernel
-from fastft.engine.inputs import UNSEEN, Captured, read_by_layer
+from fastft.engine.inputs import UNSEEN, Captured, owned, read_by_layer
 from fastft.engine.parts import LayerCall, LayerParts, read_parts
 from fastft.engine.runs import Run
 from fastft.engine.stack import run_layers
@@ -78,9 +78,8 @@ def _fused(
     seed = int(torch.randint(2**62, (), device="cpu").item()) if parts.has_dropout else 0
     call = LayerCall(settings.ops, parts, context, policy_of(layer), seed, settings.mlp_chunk_tokens)
     adapted = any(matrix is not None for matrix in parts.adapters)
-    if adapted and torch.is_grad_enabled() and not hidden_BSD.requires_grad:
-        # The caller's, who may fill it anew before the backward reads it; stock's keeps only what the norm makes of it.
-        hidden_BSD = hidden_BSD.clone()
+    if adapted and torch.is_grad_enabled():
+        hidden_BSD = owned(hidden_BSD)
     return run_layers(hidden_BSD, Run((call,), frozen=[parts.frozen]))
 
 

@@ -135,6 +135,15 @@ def gather(backbone: nn.Module, spec: LayerSpec, given: dict[str, Any]) -> Input
     return Inputs(embeds, hidden, angles, kinds, builds_cache(backbone, given))
 
 
+def owned(hidden_BSD: torch.Tensor) -> torch.Tensor:
+    """The caller's hidden states, as nobody fills them anew before the backward reads them.
+
+    Stock's backward reads only what its norm makes of them.  Where they are differentiated, PyTorch says that they
+    changed.
+    """
+    return hidden_BSD if hidden_BSD.requires_grad else hidden_BSD.clone()
+
+
 def builds_cache(backbone: nn.Module, given: dict[str, Any]) -> bool:
     """Whether stock would build a key/value cache where none is given."""
     use_cache = given.get("use_cache")

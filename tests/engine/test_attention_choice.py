@@ -1,20 +1,13 @@
 """Which attention runs, where one was asked for and where the model's own means something else."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from fastft import ledger_of, patch_model
 from fastft.errors import BackendError
+from peft_models import on_device
 
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32
-
-
-def on_device(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def test_attention_that_cannot_run_is_replaced_aloud(toy, batch_of, caplog):

@@ -15,17 +15,13 @@ from fastft import patch_model, unpatch_model
 from fastft.engine import optimizer_step
 from fastft.engine.bank import ALIGNMENT, bank_of
 from fastft.engine.state import state_of
+from peft_models import on_device
 
 bnb = pytest.importorskip("bitsandbytes")
 
 
 def adapters_of(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def on_device(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Derivatives that the engine has not are an error, and those that were spoilt in between: never missing, never wrong.
 
-First derivatives of every kind: `test_faithful.py`.
+First derivatives of every kind: `faithful/test_derivatives.py`.
 """
 
 # B rows, S tokens a row, D model

@@ -16,6 +16,7 @@ from fastft.engine import graphs, offload
 from fastft.engine.graphs import WARM_RUNS, Graphs
 from fastft.engine.reading import Stack
 from fastft.memory import layer as memory_of_layers
+from peft_models import on_device
 
 
 def copy_into(old: Any, new: Any) -> None:
@@ -66,11 +67,6 @@ def recorder(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Again:
 
 def gradients_of(model: Any) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def on_device(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def warm_up(model: Any, batch: dict[str, Tensor]) -> None:

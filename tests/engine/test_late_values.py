@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from fastft import ledger_of, patch_model
 from fastft.engine.deferred import Source
 from fastft.models.kv_cache import KV_CACHE
+from same_as_stock import Squares
 
 Batches = Callable[[str], dict[str, Tensor]]
 Pair = Callable[..., tuple[Any, Any]]
@@ -104,26 +105,12 @@ def test_who_looks_at_the_gradient_of_the_logits_sees_stocks(
 # Readers that do not ask the tensor what it is
 
 
-class _Square(torch.autograd.Function):
-    """Somebody's own loss."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.square().mean()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        return 2 * x * grad_outputs[0] / x.numel()
-
-
 def _mean(x: Tensor) -> Tensor:
     return x.logsumexp(-1).mean()
 
 
 READERS: dict[str, Callable[[Any], Any]] = {
-    "a function of its own": _Square.apply,
+    "a function of its own": Squares.apply,
     "a reentrant checkpoint": lambda x: checkpoint(_mean, x, use_reentrant=True),
     "a checkpoint": lambda x: checkpoint(_mean, x, use_reentrant=False),
     "torch.jit.trace": lambda x: torch.jit.trace(_mean, (torch.zeros(1, 2, 3),))(x),
@@ -165,7 +152,7 @@ def test_chosen_gradients_of_what_reads_padding_unseen_are_an_error(both: Pair, 
     output = model(**batch("right"))
     adapters = [p for p in model.parameters() if p.requires_grad]
     with pytest.raises(RuntimeError, match="only in a plain backward"):
-        torch.autograd.grad(_Square.apply(output.logits), adapters)
+        torch.autograd.grad(Squares.apply(output.logits), adapters)
     expected = torch.autograd.grad(output.logits.clone().square().mean(), adapters)
     assert all(gradient.abs().sum() > 0 for gradient in expected)
 

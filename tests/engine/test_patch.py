@@ -20,13 +20,9 @@ from fastft import ledger_of, patch_model, unpatch_model
 from fastft.engine.patch import base_model, placement_of
 from fastft.errors import BackendError, ConfigError
 from fastft.models.spec import ACTIVATIONS
+from peft_models import on_device
 
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # ‖g − stock‖ / ‖stock‖ in fp32
-
-
-def on_device(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def attributes(model: nn.Module) -> dict[str, set[str]]:

@@ -29,3 +29,9 @@ def randomize_adapters(model: Model, seed: int = 2) -> Model:
             if "lora_" in name and "magnitude" not in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def on_device(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch where the model is."""
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}

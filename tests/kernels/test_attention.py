@@ -304,7 +304,7 @@ def test_auto_takes_the_first_that_can(device):
 
 
 def test_a_name_that_cannot_run_here_gives_what_auto_would(device):
-    """The engine's ledger says so; see tests/engine/test_forwards.py."""
+    """The engine's ledger says so; see tests/engine/forwards/."""
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool, device=device)
     q = torch.empty(1, 8, 1, 16, device=device)
     assert choose_attention("flash", q, Seen(mask)).name == choose_attention("auto", q, Seen(mask)).name != "flash"
