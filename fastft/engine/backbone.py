@@ -29,6 +29,7 @@ from fastft.engine.norm import norm_forward
 from fastft.engine.packed import Documents, confirmation, told_documents
 from fastft.engine.padding import Padding, padding_of
 from fastft.engine.parts import LayerCall, StepContext
+from fastft.engine.precision import compute_dtype, why_mixed
 from fastft.engine.reading import Stack, layers_and_norm
 from fastft.engine.runs import Run
 from fastft.engine.stack import run_layers
@@ -36,7 +37,6 @@ from fastft.engine.state import (
     EngineSettings,
     ModuleState,
     call_original,
-    compute_dtype,
     policy_of,
     state_of,
     why_not_differentiated,
@@ -127,13 +127,13 @@ def run_straight(
     assert reading.stack is not None
     weight = reading.stack.parts[0].input_norm.weight_D
     # Before the embedding runs, whose hooks may draw random numbers (NEFTune): stock's loop would run them again.
-    reason = _why_mixed(_input_dtype(backbone, spec, given, weight), weight)
+    reason = why_mixed(_input_dtype(backbone, spec, given, weight), weight)
     reason = reason or why_no_mask(layers[0], spec, given.get("attention_mask"), weight.dtype)
     if reason is not None:
         return reason
     gathered = inputs.gather(backbone, spec, given)
     hidden = gathered.hidden_BSD
-    reason = _why_mixed(hidden.dtype, weight)  # a hook's output, or a wrapper's
+    reason = why_mixed(hidden.dtype, weight)  # a hook's output, or a wrapper's
     if reason is not None or hidden.device != weight.device:
         return reason or f"its input is on {hidden.device}, its weights on {weight.device}"
     if has_hooks(norm) or not is_ours(norm, norm_forward):
@@ -263,14 +263,6 @@ def _input_dtype(backbone: nn.Module, spec: LayerSpec, given: dict[str, Any], ot
     return told.dtype if known else otherwise.dtype
 
 
-def _why_mixed(dtype: torch.dtype, weight: torch.Tensor) -> str | None:
-    """Why activations of this dtype and the layers' weights are not computed in one dtype, or None."""
-    computed = compute_dtype(weight)
-    if computed == weight.dtype == dtype:
-        return None
-    return f"it computes in {computed} on {weight.dtype} weights, from {dtype}"
-
-
 def _who_has_the_head(state: ModuleState) -> str:
     """Why head and loss are not the engine's where the decoder is called by itself."""
     model = state.settings.model()
@@ -305,7 +297,8 @@ class _Run:
         self._writes_out = writes_out(layers[0], settings.spec)
         self._policies: list[Policy] = [policy_of(layer) for layer in layers]
         hidden = gathered.hidden_BSD
-        self._parts, self._bank = stack.prepare(hidden.dtype)
+        self._dtype = compute_dtype(hidden)
+        self._parts, self._bank = stack.prepare(self._dtype)
         drops = [parts.has_dropout for parts in self._parts]
         self.has_dropout = any(drops)
         # Drawn from the CPU's generator, which `torch.manual_seed` fixes, without touching the device's.
@@ -334,7 +327,7 @@ class _Run:
                 written_out = mask is not None and self._writes_out
                 seen = Seen(mask, kind.window, parts.softcap, starts_N, longest, written_out)
                 contexts[key] = context_of(
-                    settings, hidden, seen, self.gathered.angles[kind.rotary], parts.head_dim, rows_R
+                    settings, hidden, seen, self.gathered.angles[kind.rotary], parts.head_dim, self._dtype, rows_R
                 )
             context = contexts[key]
             note = why_other_kernel(settings, context)

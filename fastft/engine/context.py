@@ -16,17 +16,20 @@ def context_of(
     seen: Seen,
     angles: tuple[torch.Tensor, torch.Tensor],
     head_dim: int,
+    dtype: torch.dtype,
     rows_R: torch.Tensor | None = None,
 ) -> StepContext:
-    """The context of layers that may see `seen`, with cosines and sines (1 or B × S × d); `rows_R` are the real tokens
-    where the others are left out."""
+    """The context of layers that may see `seen` and compute in `dtype`, with cosines and sines (1 or B × S × d).
+
+    `rows_R` are the real tokens where the others are left out.
+    """
     B, S, _ = hidden_BSD.shape
     cos, sin = (t.reshape(-1, t.shape[-1]).to(hidden_BSD.dtype) for t in angles)
     if rows_R is not None:
         # Row t of the angles is that of token t % S; with padding left out, each real token gets its own.
         cos, sin = (t.index_select(0, rows_R % t.shape[0]) for t in (cos, sin))
     # The queries do not exist yet; what they will look like decides.
-    like_queries = hidden_BSD.new_empty(()).expand(B, S, 1, head_dim)
+    like_queries = hidden_BSD.new_empty((), dtype=dtype).expand(B, S, 1, head_dim)
     attention = choose_attention(settings.attention, like_queries, seen)
     return StepContext(
         batch=B, tokens=B * S, attention=attention, cos_Sd=cos, sin_Sd=sin, seen=seen, rows_R=rows_R

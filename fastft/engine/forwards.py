@@ -13,13 +13,13 @@ from fastft.engine.attach import STATE
 from fastft.engine.context import context_of, why_other_kernel
 from fastft.engine.inputs import UNSEEN, Captured, owned, read_by_layer
 from fastft.engine.parts import LayerCall, LayerParts, read_parts
+from fastft.engine.precision import compute_dtype, why_mixed
 from fastft.engine.runs import Run
 from fastft.engine.stack import run_layers
 from fastft.engine.state import (
     EngineSettings,
     ModuleState,
     call_original,
-    compute_dtype,
     policy_of,
     why_not_differentiated,
 )
@@ -69,7 +69,9 @@ def _fused(
     mask = kwargs.get("attention_mask")
     written_out = mask is not None and writes_out(layer, settings.spec)
     seen = Seen(mask, parts.window, parts.softcap, written_out=written_out)
-    context = context_of(settings, hidden_BSD, seen, kwargs["position_embeddings"], parts.head_dim)
+    dtype = compute_dtype(hidden_BSD)
+    parts = parts.computing_in(dtype)
+    context = context_of(settings, hidden_BSD, seen, kwargs["position_embeddings"], parts.head_dim, dtype)
     other = why_other_kernel(settings, context)
     if other is not None:
         settings.ledger.replaced(f"{state.name}.attention", "attention", context.attention.name, other)
@@ -144,7 +146,4 @@ def _why_not_now(
     # A variant of the family may have other norms; then `why_no_layer` has the reason.
     norm = getattr(layer, settings.spec.input_norm, None)
     weight = norm._parameters.get("weight") if isinstance(norm, nn.Module) else None
-    dtype = compute_dtype(hidden)
-    if not dtype == (hidden if weight is None else weight).dtype == hidden.dtype:
-        return f"it computes in {dtype} on {(hidden if weight is None else weight).dtype} weights"
-    return None
+    return why_mixed(hidden.dtype, hidden if weight is None else weight)

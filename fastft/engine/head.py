@@ -15,11 +15,11 @@ from fastft.engine.attach import STATE, is_ours
 from fastft.engine.backbone import HEAD, Stacked, backbone_forward, run_straight
 from fastft.engine.deferred import defer
 from fastft.engine.loss import IGNORED, Targets, linear_cross_entropy
+from fastft.engine.precision import compute_dtype
 from fastft.engine.state import (
     EngineSettings,
     ModuleState,
     call_original,
-    compute_dtype,
     why_not_differentiated,
 )
 from fastft.engine.support import NO_LABELS, why_no_divisor, why_no_head, why_no_loss, why_other_head, why_sharded

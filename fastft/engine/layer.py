@@ -194,7 +194,8 @@ def _second_residual(made: Activations, y: torch.Tensor, call: LayerCall) -> tup
         (term,) = adapter_terms(made.low_down, (parts.down,))
         return made, call.ops.add_adapted(y, made.x2, term, parts.residual_multiplier)
     y, down_rstd = _behind(y, parts.post_mlp_norm, call)
-    return made._replace(down_rstd=down_rstd), torch.add(made.x2, y, alpha=parts.residual_multiplier, out=y)
+    out = y if y.dtype == made.x2.dtype else None
+    return made._replace(down_rstd=down_rstd), torch.add(made.x2, y, alpha=parts.residual_multiplier, out=out)
 
 
 def _rotation_adds(call: LayerCall) -> bool:
@@ -357,9 +358,9 @@ def _scales(norm: Norm | None, group: Sequence[AdaptedLinear], dtype: torch.dtyp
     """Whether the gradients of the group's A are made from what the norm in front of it takes, not from what it gives.
 
     An RMS norm only scales rows and columns, and those of a narrow matrix are scaled sooner.  fp16 might not hold the
-    scaled gradient, and dropout is of the norm's output.
+    scaled gradient, dropout is of the norm's output, and what it takes may be wider than what products are made of.
     """
-    if norm is None or norm.kind == "layer" or dtype == torch.float16:
+    if norm is None or norm.kind == "layer" or dtype == torch.float16 or norm.dtype is not None:
         return False
     return not any(linear.dropout > 0 for linear in group)
 
@@ -427,7 +428,7 @@ def _behind_backward(
     if call.parts.residual_multiplier != 1.0:
         d = d * call.parts.residual_multiplier
     if norm is None:
-        return d
+        return d if call.parts.dtype is None else d.to(call.parts.dtype)
     if rstd is None:
         _, rstd = call.ops.normalise(taken, norm)
     return call.ops.normalise_backward(d, taken, norm, rstd)

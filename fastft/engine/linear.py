@@ -17,7 +17,8 @@ from fastft.adapters.lora import PACKED, AdaptedLinear, read_linear, stand_in, w
 from fastft.backends import Backend
 from fastft.engine.attach import STATE
 from fastft.engine.first_order import first_order, path_to
-from fastft.engine.state import ModuleState, call_original, compute_dtype, why_not_differentiated
+from fastft.engine.precision import compute_dtype
+from fastft.engine.state import ModuleState, call_original, why_not_differentiated
 from fastft.engine.watch import Watch, has_global_hooks
 from fastft.kernels.lora_linear.reference import lora_linear, lora_linear_backward
 from fastft.models.identity import why_no_linear

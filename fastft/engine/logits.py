@@ -22,7 +22,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from fastft.engine.attach import STATE
 from fastft.engine.deferred import Deferred, computed, defer
 from fastft.engine.loss import IGNORED, linear_cross_entropy, shifted_targets
-from fastft.engine.state import EngineSettings, ModuleState, call_original, compute_dtype, why_not_differentiated
+from fastft.engine.precision import compute_dtype
+from fastft.engine.state import EngineSettings, ModuleState, call_original, why_not_differentiated
 from fastft.engine.support import NO_LABELS, why_no_divisor, why_no_head, why_no_loss, why_sharded
 
 

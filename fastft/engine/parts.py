@@ -71,6 +71,20 @@ class LayerParts(NamedTuple):
         return [t for t in tensors if t is not None and not t.is_inference()]
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """What linears and attention compute in, where that is not the residual stream's dtype."""
+        return self.input_norm.dtype
+
+    def computing_in(self, dtype: torch.dtype) -> "LayerParts":
+        """The same layer whose linears and attention compute in `dtype`, while the residual stream keeps the norms'."""
+        norm, mlp_norm = self.input_norm, self.mlp_norm
+        of_norms = None if dtype == norm.weight_D.dtype else dtype
+        return self._replace(
+            input_norm=norm._replace(dtype=of_norms),
+            mlp_norm=None if mlp_norm is None else mlp_norm._replace(dtype=of_norms),
+        )
+
+    @property
     def has_dropout(self) -> bool:
         """Whether any adapter drops elements of its input now."""
         return any(linear.dropout > 0 for linear in self.linears)

@@ -12,6 +12,7 @@ from fastft.engine import optimizer_step
 from fastft.engine.bank import AdapterBank
 from fastft.engine.graphs import GraphMode, Graphs
 from fastft.engine.parts import LayerParts, read_parts
+from fastft.engine.precision import compute_dtype
 from fastft.engine.resident import ResidentWeights
 from fastft.engine.support import why_no_layer, why_no_stack
 from fastft.engine.watch import Watch, has_global_hooks
@@ -43,11 +44,12 @@ class Stack:
         """The layers' parts for a forward in `dtype`, and the bank whose working copy they read."""
         if self.bank is None or not self.bank.holds():
             if not AdapterBank.fits(self.parts):
-                return self.parts, None
+                return [parts.computing_in(dtype) for parts in self.parts], None
             self.bank, self._work_dtype = AdapterBank(self.parts), None
             optimizer_step.install()
         if self._work_dtype != dtype:
-            self._work, self._work_dtype = self.bank.work_layers(self.parts, dtype), dtype
+            work = self.bank.work_layers(self.parts, dtype)
+            self._work, self._work_dtype = [parts.computing_in(dtype) for parts in work], dtype
         return self._work, self.bank
 
     def may_record(self, tokens: int, mode: GraphMode, device: torch.device) -> bool:
@@ -96,17 +98,21 @@ class ModelReading:
     def refresh(self, backbone: nn.Module, spec: LayerSpec, resident_layers: int = 0) -> None:
         """Look at the layers again if anything about them changed."""
         config: Any = backbone.config
+        layers, norm = layers_and_norm(backbone, spec)
+        stream = norm._parameters.get("weight")
+        # Of dense forms, where there are any.
+        dtype = None if stream is None or not resident_layers else compute_dtype(stream)
         around = (
             attention_function(spec, config), mask_function(config), config, has_global_hooks(), resident_layers,
-            type(backbone), type(getattr(backbone, spec.layers)), len(backbone.__dict__),
+            type(backbone), type(getattr(backbone, spec.layers)), len(backbone.__dict__), dtype,
         )  # fmt: skip
-        layers, norm = layers_and_norm(backbone, spec)
         modules = [*layers, norm, getattr(backbone, spec.rotary_embedding, None)]
         replaced = len(modules) != len(self._modules) or not all(map(is_, modules, self._modules))
-        if self._watch is None or replaced or around != self._around or not self._watch.unchanged():
+        unchanged = not replaced and around == self._around and self._watch is not None and self._watch.unchanged()
+        if not unchanged or (resident_layers and not self._resident.hold()):
             self._modules, self._index = modules, {layer: index for index, layer in enumerate(layers)}
             self._around = around
-            self._read(backbone, spec, resident_layers)
+            self._read(backbone, spec, resident_layers, dtype)
         self.is_fresh = True
 
     def as_it_is(self) -> Callable[[], AbstractContextManager[bool]]:
@@ -129,7 +135,7 @@ class ModelReading:
         index = self._index.get(layer) if self.is_fresh else None
         return None if index is None else (self.parts[index], self.reasons[index])
 
-    def _read(self, backbone: nn.Module, spec: LayerSpec, resident_layers: int) -> None:
+    def _read(self, backbone: nn.Module, spec: LayerSpec, resident_layers: int, dtype: torch.dtype | None) -> None:
         config: Any = backbone.config
         layers, norm = layers_and_norm(backbone, spec)
         rotary = getattr(backbone, spec.rotary_embedding, None)
@@ -147,7 +153,7 @@ class ModelReading:
             read_parts(layer, spec, index) if reason is None else None
             for index, (layer, reason) in enumerate(zip(layers, self.reasons, strict=True))
         ]
-        self.parts = self._resident.of(self.parts, resident_layers)
+        self.parts = self._resident.of(self.parts, 0 if dtype is None else resident_layers, dtype)
         whole = [parts for parts in self.parts if parts is not None]
         bank = None if self.stack is None else self.stack.bank
         # A second bank would hold every adapter twice.

@@ -1,7 +1,9 @@
-"""Quantized weights whose dense form stays on the device, where there is memory for both.
+"""Weights whose form in the dtype of the products stays on the device beside them, where there is memory for both.
 
-A layer dequantizes each weight once forward and once or twice backward.  Where memory allows it is done once, and
-the quantized model trains as fast as a dense one.
+A layer dequantizes each weight, or rounds an fp32 one to what autocast computes in, once forward and once or twice
+backward.  Where memory allows it is done once, and the model trains as fast as one of such weights.
+
+A weight that is changed in place is noticed by PyTorch's count of that, which a change through `.data` passes by.
 """
 
 from collections.abc import Sequence
@@ -15,37 +17,46 @@ from fastft.engine.bank import map_linears
 from fastft.engine.parts import LayerParts
 from fastft.models.quantized import is_quantized
 
+_Dense = WeakKeyDictionary[nn.Module, tuple[tuple[int, int], torch.Tensor]]
+"""By linear layer: the identity of the weight, and its dense form."""
+
 
 class ResidentWeights:
     """The dense weights of the first layers."""
 
     def __init__(self) -> None:
-        self._dense: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], torch.Tensor]] = WeakKeyDictionary()
+        self._dense: _Dense = WeakKeyDictionary()
 
-    def of(self, layers: Sequence[LayerParts | None], count: int) -> list[LayerParts | None]:
-        """`layers`, the first `count` of them with dense weights; those of all others are freed."""
+    def of(self, layers: Sequence[LayerParts | None], count: int, dtype: torch.dtype | None) -> list[LayerParts | None]:
+        """`layers`, the first `count` of them with dense weights in `dtype`; those of all others are freed."""
         before, self._dense = self._dense, WeakKeyDictionary()
         return [
-            parts if parts is None or index >= count else self._with_dense(parts, before)
+            parts if parts is None or index >= count or dtype is None else self._with_dense(parts, before, dtype)
             for index, parts in enumerate(layers)
         ]
 
-    def _with_dense(
-        self, parts: LayerParts, before: "WeakKeyDictionary[nn.Module, tuple[tuple[int, int], torch.Tensor]]"
-    ) -> LayerParts:
-        dtype = parts.input_norm.weight_D.dtype
+    def hold(self) -> bool:
+        """Whether every weight is still the one that its dense form was made of."""
+        return all(_identity(module) == made_of for module, (made_of, _) in self._dense.items())
 
+    def _with_dense(self, parts: LayerParts, before: "_Dense", dtype: torch.dtype) -> LayerParts:
         def hold(linear: AdaptedLinear) -> AdaptedLinear:
             module = linear.module
-            if not is_quantized(module):
+            quantized = is_quantized(module)
+            if not quantized and module.weight.dtype == dtype:
                 return linear
-            packed = module.weight
-            assert isinstance(packed, torch.Tensor)
-            made_of = packed.data_ptr(), packed._version
-            known = before.get(module)
-            if known is None or known[0] != made_of or known[1].dtype != dtype:
-                known = made_of, linear.weight(dtype)
+            made_of, known = _identity(module), before.get(module)
+            # PEFT merges into a dense weight through `.data`, which leaves no trace: that is made again.
+            if not quantized or known is None or known[0] != made_of or known[1].dtype != dtype:
+                known = made_of, linear._replace(dense=None).weight(dtype)
             self._dense[module] = known
             return linear._replace(dense=known[1])
 
         return map_linears(parts, hold)
+
+
+def _identity(module: nn.Module) -> tuple[int, int]:
+    """Changes with the storage of the module's weight, and with what is written to it in place."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.data_ptr(), weight._version

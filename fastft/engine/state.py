@@ -245,11 +245,3 @@ def why_not_differentiated() -> str | None:
     if torch.jit.is_tracing() or torch.compiler.is_exporting() or any(map(_C._get_dispatch_mode, _TRACING_MODES)):
         return "the model is being traced"
     return why_mode()
-
-
-def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
-    """What a linear layer computes in on these activations: autocast's dtype, or theirs."""
-    device = hidden_states.device.type
-    if torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64:  # which autocast leaves alone
-        return torch.get_autocast_dtype(device)
-    return hidden_states.dtype

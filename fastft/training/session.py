@@ -173,7 +173,7 @@ def add_adapters(model: Any, config: RunConfig, *, seed: int) -> Any:
     """The `PeftModel` around `model` that `config.lora` describes; initialised from `seed` as PEFT does.
 
     A quantized model keeps its norms and its head in the compute dtype.  `prepare_model_for_kbit_training` would make
-    them fp32, and with them every activation between the layers, which doubles those and leaves nothing to fuse.
+    them fp32, and with them every activation between the layers, which doubles those.
     """
     from peft import LoraConfig, get_peft_model
 

@@ -109,13 +109,18 @@ def test_dequantization_is_bitsandbytes_own(quantized):
     assert dense_weight(module, torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_norms_that_were_made_fp32_run_stock_under_autocast_aloud(quantized, batch_of, step):
-    """What `prepare_model_for_kbit_training` makes of a model; `FastLanguageModel` does not call it for this reason."""
-    model = quantized("nf4", torch.bfloat16, prepare=True)
-    patch_model(model, backend="eager")
+@pytest.mark.parametrize("placement", ["keep", "full"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_norms_that_were_made_fp32_stay_so_beside_16_bit_products(kind, placement, quantized, batch_of, step):
+    """What `prepare_model_for_kbit_training` makes of a model, trained under autocast."""
+    model, batch = quantized(kind, torch.bfloat16, prepare=True), batch_of("right")
+    exact = exact_gradients(model, torch.bfloat16, step, batch)
     with torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16):
-        step(model, batch_of("right"))
-    assert "torch.float32 weights" in ledger_of(model).fallbacks["layers.0"].reason
+        loss, stock = step(model, batch)
+        patch_model(model, backend="eager", placement=placement, strict=True)
+        fused_loss, fused = step(model, batch)
+    assert fused_loss == pytest.approx(loss, rel=1e-3)
+    assert 1e-4 < error(fused, exact) <= 1.5 * error(stock, exact)
 
 
 def test_a_weight_that_was_packed_for_inference_is_not_read(quantized):

@@ -117,4 +117,4 @@ def test_dense_models_hold_nothing(toy, batch_of, step):
     patch_model(model, backend="eager", resident_layers=3)
     step(model, batch_of("none"))
     assert held(model) == 0
-    assert resident.ResidentWeights().of([None], 1) == [None]
+    assert resident.ResidentWeights().of([None], 1, torch.float32) == [None]

@@ -203,6 +203,17 @@ def test_addition_against_fp64(T, F, dtype, device, kernels, assert_accurate):
     assert result.data_ptr() == x.data_ptr()
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_addition_to_a_wide_residual_stream(narrow, device, kernels):
+    x, residual = torch.randn(37, 100, device=device).to(narrow), torch.randn(37, 100, device=device)
+    term = AdapterTerm(torch.randn(37, 5, device=device).to(narrow), torch.randn(5, 100, device=device).to(narrow), 0.7)
+    branch = torch.addmm(x.float(), term.low_TR.float(), term.matrix_RO.float(), alpha=0.7)
+    result = kernels.add(x.clone(), residual, term, 0.3)
+    assert result.dtype == torch.float32
+    # Plain PyTorch rounds the branch to 16 bits.
+    assert_close(result, residual + 0.3 * branch, rtol=torch.finfo(narrow).eps, atol=torch.finfo(narrow).eps * 10)
+
+
 def test_rows_past_two_to_the_31_elements(device, kernels, far_rows):
     gate = far_rows(3, 48, dtype=torch.float16)
     near = gate.contiguous()

@@ -210,3 +210,21 @@ def test_too_wide_a_row_is_refused(device):
     x_TD = torch.ones(1, 32769, device=device)
     with pytest.raises(BackendError, match="32768"):
         triton.normalise(x_TD, Norm("rms", torch.ones(32769, device=device), None, EPS))
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("T", "D"), [(5, 3), (63, 100)])
+def test_a_narrow_branch_joins_a_wide_residual_stream(T, D, narrow, kind, device, kernels):
+    """Between fp32 norms autocast computes in 16 bits: the sum stays fp32, and what goes on is rounded once."""
+    x_TD, residual_TD, dy_TD, norm = make(kind, T, D, torch.float32, device)
+    x_TD, dy_TD, norm = x_TD.to(narrow), dy_TD.to(narrow), norm._replace(dtype=narrow)
+    sum_TD, y_TD, rstd_T = kernels.add_and_normalise(x_TD, residual_TD, norm, 0.5)
+    assert (sum_TD.dtype, y_TD.dtype, rstd_T.dtype) == (torch.float32, narrow, torch.float32)
+    assert_close(sum_TD, 0.5 * x_TD.float() + residual_TD)
+    expected_TD, expected_dx_TD = differentiate(sum_TD, norm, dy_TD.float())
+    # One rounding of 16 bits, of values that may differ by a rounding of fp32.
+    assert_close(y_TD.float(), expected_TD, rtol=torch.finfo(narrow).eps, atol=1e-6)
+    assert_close(kernels.normalise(sum_TD, norm)[0], y_TD)
+    dx_TD = kernels.normalise_backward(dy_TD, sum_TD, norm, rstd_T, residual_TD)
+    assert dx_TD.dtype == torch.float32
+    assert_close(dx_TD, expected_dx_TD + residual_TD, rtol=1e-4, atol=1e-5)

@@ -73,9 +73,11 @@ def activate_backward(
 
 
 def add(x_TF: Tensor, residual_TF: Tensor, term: AdapterTerm, multiplier: float = 1.0) -> Tensor:
-    """`residual + multiplier · (x + term)` (T × F, dtype of `x_TF`); into x's place, where that is contiguous."""
+    """`residual + multiplier · (x + term)` (T × F, dtype of `residual_TF`), into x's place where it has that dtype and is
+    contiguous."""
     x_TF = x_TF.contiguous()
-    return torch.add(residual_TF, plus_term(x_TF, term), alpha=multiplier, out=x_TF)
+    out_TF = x_TF if x_TF.dtype == residual_TF.dtype else None
+    return torch.add(residual_TF, plus_term(x_TF, term), alpha=multiplier, out=out_TF)
 
 
 def rotate_(

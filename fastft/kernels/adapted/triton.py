@@ -296,6 +296,7 @@ def add(
     """See `reference.add`; the sum is rounded once."""
     T, F = x_TF.shape
     x_TF, residual_TF = x_TF.contiguous(), unit_stride(residual_TF)
+    out_TF = x_TF if x_TF.dtype == residual_TF.dtype else torch.empty_like(x_TF, dtype=residual_TF.dtype)
     if x_TF.numel():
         arguments = _arguments(term)
         block_r = rank_block(arguments.rank)
@@ -303,12 +304,12 @@ def add(
         grid, rows_each = launch.grid(T, F)
         with device_guard(x_TF):
             _add_kernel[grid](
-                x_TF, residual_TF, x_TF, *arguments.pointers,
+                x_TF, residual_TF, out_TF, *arguments.pointers,
                 T, F, rows_each, x_TF.stride(0), residual_TF.stride(0), *arguments.strides, term.scaling, multiplier,
                 RANK=arguments.rank, BLOCK_R=block_r,
                 BLOCK_T=launch.block_t, BLOCK_F=launch.block_f, num_warps=launch.warps, STAGES=launch.stages,
             )  # fmt: skip
-    return x_TF
+    return out_TF
 
 
 def rotate_(

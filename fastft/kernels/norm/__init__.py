@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 NormKind = Literal["rms", "rms_unit_offset", "layer"]
@@ -24,3 +25,5 @@ class Norm(NamedTuple):
     bias_D: "Tensor | None"
     """None but for `layer`."""
     eps: float
+    dtype: "torch.dtype | None" = None
+    """Of y, where that is not x's: the residual stream is wider than what it is multiplied in, under autocast."""

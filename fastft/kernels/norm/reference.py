@@ -20,7 +20,7 @@ def normalise(x_TD: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         norm: which norm, and its weights.
 
     Returns:
-        `(y_TD, rstd_T)`: y in x's dtype, rstd in fp32, which the backward takes.
+        `(y_TD, rstd_T)`: y in the norm's dtype, or x's; rstd in fp32, which the backward takes.
     """
     centred_TD = _centred(x_TD, norm)
     squares_TD = centred_TD.square() if centred_TD.dtype == torch.float32 else centred_TD.to(torch.float32).square_()
@@ -32,7 +32,7 @@ def normalise(x_TD: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     y_TD.mul_(_factor(norm))
     if norm.bias_D is not None:
         y_TD.add_(norm.bias_D)
-    return y_TD.to(x_TD.dtype), rstd_T
+    return y_TD.to(norm.dtype or x_TD.dtype), rstd_T
 
 
 def add_and_normalise(
@@ -42,13 +42,13 @@ def add_and_normalise(
 
     Args:
         x_TD: fp32, bf16 or fp16.
-        residual_TD: the residual stream, x's dtype.
+        residual_TD: the residual stream, x's dtype or a wider one.
         norm: as for `normalise`.
         multiplier: of x.
 
     Returns:
-        `(sum_TD, y_TD, rstd_T)`: `sum = multiplier · x + residual`, rounded to the dtype before it is normalised, as
-        Hugging Face's decoder layers do; then `normalise(sum)`.
+        `(sum_TD, y_TD, rstd_T)`: `sum = multiplier · x + residual`, rounded to the residual stream's dtype before it is
+        normalised, as Hugging Face's decoder layers do; then `normalise(sum)`.
     """
     sum_TD = torch.add(residual_TD, x_TD, alpha=multiplier)
     return sum_TD, *normalise(sum_TD, norm)

@@ -46,10 +46,12 @@ def _forward_kernel(
 
     x_RD = tl.load(x_ptr + rows_R[:, None] * x_stride + columns_D[None, :], mask=mask_RD, other=0.0)
     factor_D = _factor(weight_ptr, columns_D, D, KIND)
+    stream = x_ptr.dtype.element_ty
     if residual_ptr is not None:
+        stream = sum_ptr.dtype.element_ty
         residual_at_RD = residual_ptr + rows_R[:, None] * residual_stride + columns_D[None, :]
         residual_RD = tl.load(residual_at_RD, mask=mask_RD, other=0.0)
-        x_RD = (x_RD.to(tl.float32) * multiplier + residual_RD.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        x_RD = (x_RD.to(tl.float32) * multiplier + residual_RD.to(tl.float32)).to(stream)
         tl.store(sum_ptr + out_RD, x_RD, mask=mask_RD)
 
     x_RD = _centred(x_RD.to(tl.float32), mask_RD, D, KIND)
@@ -57,7 +59,7 @@ def _forward_kernel(
     tl.store(rstd_ptr + rows_R, rstd_R, mask=rows_R < T)
     y_RD = x_RD * rstd_R[:, None]
     if KIND == "rms":
-        y_RD = y_RD.to(y_ptr.dtype.element_ty).to(tl.float32)
+        y_RD = y_RD.to(stream).to(tl.float32)
     y_RD = y_RD * factor_D[None, :]
     if bias_ptr is not None:
         y_RD += tl.load(bias_ptr + columns_D, mask=columns_D < D, other=0.0).to(tl.float32)[None, :]
@@ -106,8 +108,9 @@ def _forward(
     sum_TD = None
     if residual_TD is not None:
         residual_TD = unit_stride(residual_TD)
-        sum_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)
-    y_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)
+        sum_TD = torch.empty((T, D), dtype=residual_TD.dtype, device=x_TD.device)
+    stream = x_TD if sum_TD is None else sum_TD
+    y_TD = torch.empty((T, D), dtype=norm.dtype or stream.dtype, device=x_TD.device)
     rstd_T = torch.empty((T,), dtype=torch.float32, device=x_TD.device)
     if T:
         grid, constants = _configuration(T, D)
