@@ -20,6 +20,7 @@ from fastft.kernels.launches import DEFAULTS, Launches
 if TYPE_CHECKING:
     from fastft.kernels.adapted import Gradients
     from fastft.kernels.lora_linear.reference import NarrowGradients
+    from fastft.kernels.row_statistics import RowStatistics
 
 BACKEND_NAMES = ("eager", "peft", "triton")
 
@@ -35,6 +36,8 @@ class Backend(NamedTuple):
     activate: Callable[..., torch.Tensor]
     activate_backward: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]
     cross_entropy_: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    row_statistics: Callable[..., "RowStatistics"]
+    entropy_gradient: Callable[..., torch.Tensor]
     activate_adapted: Callable[..., torch.Tensor]
     activate_adapted_backward: Callable[..., "Gradients"]
     add_adapted: Callable[..., torch.Tensor]
@@ -68,8 +71,9 @@ def _eager() -> Backend:
     from fastft.kernels.cross_entropy import reference as cross_entropy
     from fastft.kernels.lora_linear import reference as lora_linear
     from fastft.kernels.norm import reference as norm
+    from fastft.kernels.row_statistics import reference as row_statistics
 
-    return _collect("eager", norm, lora_linear, activation, cross_entropy, adapted, 0)
+    return _collect("eager", norm, lora_linear, activation, cross_entropy, row_statistics, adapted, 0)
 
 
 def _triton() -> Backend:
@@ -80,15 +84,23 @@ def _triton() -> Backend:
         from fastft.kernels.launches import MAX_RANK
         from fastft.kernels.lora_linear import triton as lora_linear
         from fastft.kernels.norm import triton as norm
+        from fastft.kernels.row_statistics import triton as row_statistics
     except ImportError as error:
         raise BackendError(
             "backend triton needs the triton package", got=str(error), fix="pip install 'triton>=3.6' on Linux"
         ) from error
-    return _collect("triton", norm, lora_linear, activation, cross_entropy, adapted, MAX_RANK)
+    return _collect("triton", norm, lora_linear, activation, cross_entropy, row_statistics, adapted, MAX_RANK)
 
 
 def _collect(
-    name: str, norm: Any, lora_linear: Any, activation: Any, cross_entropy: Any, adapted: Any, max_rank: int
+    name: str,
+    norm: Any,
+    lora_linear: Any,
+    activation: Any,
+    cross_entropy: Any,
+    row_statistics: Any,
+    adapted: Any,
+    max_rank: int,
 ) -> Backend:
     return Backend(
         name,
@@ -99,6 +111,8 @@ def _collect(
         activation.activate,
         activation.activate_backward,
         cross_entropy.cross_entropy_,
+        row_statistics.row_statistics,
+        row_statistics.entropy_gradient,
         adapted.activate,
         adapted.activate_backward,
         adapted.add,

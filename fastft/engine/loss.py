@@ -6,7 +6,8 @@ own gradient.  The gradient of the hidden states is finished in the forward; the
 Legend: T tokens, D model, N labelled rows, V vocabulary.
 """
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from fastft.engine.aside import Aside
 from fastft.engine.deferred import Deferred, Source
 from fastft.engine.first_order import first_order, path_to
 from fastft.kernels.cross_entropy import LogitTransform
+from fastft.kernels.row_statistics import RowStatistics
 
 IGNORED = -100
 
@@ -57,6 +59,61 @@ class Targets:
 def labelled_rows(targets_T: torch.Tensor) -> torch.Tensor:
     """Which rows have a target that counts (N, int64).  Waits for the device."""
     return (targets_T != IGNORED).nonzero().squeeze(1)
+
+
+def labelled(hidden_TD: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
+    """Those rows (N × D)."""
+    return hidden_TD if rows_N.numel() == hidden_TD.shape[0] else hidden_TD.index_select(0, rows_N)
+
+
+class Scored(NamedTuple):
+    """What comes of rows that went through the head."""
+
+    loss_N: torch.Tensor
+    """Cross-entropy, fp32."""
+    gradient_ND: torch.Tensor | None
+    """Of the rows' hidden states, times `divisor_N`; None where nobody asked for it."""
+    divisor_N: torch.Tensor | None
+    """fp32."""
+    statistics: RowStatistics
+
+
+def through_head(
+    hidden_ND: torch.Tensor,
+    head_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    ops: Backend,
+    chunk_tokens: int,
+    transform: LogitTransform,
+    *,
+    needs_grad: bool,
+    statistics: Collection[str] = (),
+) -> Scored:
+    """Cross-entropy of labelled rows, its gradient, and the `statistics` of their logits, of which only a chunk exists
+    at a time."""
+    count, device = hidden_ND.shape[0], hidden_ND.device
+    loss_N = torch.empty(count, dtype=torch.float32, device=device)
+    gradient_ND = torch.empty_like(hidden_ND) if needs_grad else None
+    divisor_N = torch.empty_like(loss_N) if needs_grad else None
+    found: list[RowStatistics] = []
+    with torch.autocast(device.type, enabled=False):
+        for start in range(0, max(count, 1), chunk_tokens):  # once for no row: its statistics have a dtype
+            part = slice(start, start + chunk_tokens)
+            logits_NV = torch.mm(hidden_ND[part], head_VD.t())
+            if statistics:  # before the gradient takes the logits' place
+                found.append(ops.row_statistics(logits_NV, targets_N[part], statistics, transform))
+            # Scale 1: the division comes in the backward, where an fp16 loss scale is already in the gradient and small
+            # values do not underflow.
+            scale = 1.0 if needs_grad else None
+            loss_N[part], divisor = ops.cross_entropy_(logits_NV, targets_N[part], scale, transform)
+            if gradient_ND is not None and divisor_N is not None:
+                assert divisor is not None
+                # A product's rows are divided after it as well as before it: the backward does it on the way.
+                divisor_N[part] = divisor
+                torch.mm(logits_NV, head_VD, out=gradient_ND[part])
+            del logits_NV
+    joined = [None if values[0] is None else torch.cat(values) for values in zip(*found, strict=True)]
+    return Scored(loss_N, gradient_ND, divisor_N, RowStatistics(*joined))
 
 
 def linear_cross_entropy(
@@ -104,27 +161,11 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         """The sum, and the gradient of the labelled rows before all divisions."""
         needs_grad = ctx.needs_input_grad[0]
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            count = rows_N.numel()
-            targets_N = targets_T[rows_N]
-            hidden_ND = hidden_TD if count == hidden_TD.shape[0] else hidden_TD.index_select(0, rows_N)
-            gradient_ND = torch.empty_like(hidden_ND) if needs_grad else None
-            row_divisor_N = torch.empty(count, dtype=torch.float32, device=hidden_TD.device)
-            total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
-            for start in range(0, count, chunk_tokens):
-                part = slice(start, start + chunk_tokens)
-                logits_NV = torch.mm(hidden_ND[part], head_VD.t())
-                # Scale 1: the division comes in the backward, where an fp16 loss scale is already in the gradient
-                # and small values do not underflow.
-                scale = 1.0 if needs_grad else None
-                loss_N, divisor_N = ops.cross_entropy_(logits_NV, targets_N[part], scale, transform)
-                total += loss_N.sum()
-                if gradient_ND is not None:
-                    assert divisor_N is not None
-                    # A product's rows are divided after it as well as before it: the backward does it on the way.
-                    row_divisor_N[part] = divisor_N
-                    torch.mm(logits_NV, head_VD, out=gradient_ND[part])
-                del logits_NV
+        hidden_ND = labelled(hidden_TD, rows_N)
+        loss_N, gradient_ND, row_divisor_N, _ = through_head(
+            hidden_ND, head_VD, targets_T[rows_N], ops, chunk_tokens, transform, needs_grad=needs_grad
+        )
+        total = loss_N.sum()
         if needs_grad:
             ctx.shape = hidden_TD.shape
             ctx.uses = None if logits is None else logits.source.uses()

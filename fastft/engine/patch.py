@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastft.backends import Backend, load_backend
-from fastft.engine import optimizer_step, walks
+from fastft.engine import optimizer_step, trl_head, walks
 from fastft.engine.attach import STATE, WeakModule, attach, detach, list_in
 from fastft.engine.backbone import backbone_forward
 from fastft.engine.forwards import layer_forward
@@ -121,6 +121,7 @@ def patch_model(
         chosen = [name for name, was in asked.items() if was]
         ledger = _patch_parts_only(causal_lm, unspecified, chosen, ops, loss_chunk_tokens, strict=strict)
         walks.install(model)
+        trl_head.install(model)
         list_in(_patched, causal_lm)
         return ledger
     if host_embedding and (reason := why_not_on_host(causal_lm)) is not None:
@@ -180,6 +181,7 @@ def patch_model(
     _install(final_norm, norm_forward, ModuleState(settings, spec.final_norm))
     _install_parts(parts)
     walks.install(model)
+    trl_head.install(model)
     list_in(_patched, causal_lm)
     ledger.tell()
     return ledger
@@ -254,7 +256,7 @@ def _install_parts(parts: Sequence[Part]) -> None:
 def unpatch_model(model: nn.Module) -> None:
     """Put every original `forward` back; nothing happens to a model that is not patched."""
     causal_lm = base_model(model)
-    for module in dict.fromkeys((model, *causal_lm.modules())):
+    for module in dict.fromkeys((*model.modules(), *causal_lm.modules())):
         if isinstance(module, nn.Embedding):
             give_back(module)
         detach(module)

@@ -61,14 +61,15 @@ class Stack:
 class ModelReading:
     """What was read of one model's layers.  A copy of it starts empty."""
 
-    def __init__(self) -> None:
+    def __init__(self, resident: ResidentWeights | None = None) -> None:
+        """`resident` is shared with another reading of the same layers."""
         self._watch: Watch | None = None
         self._around: tuple[Any, ...] = ()
         """What counts beside the modules."""
         self._modules: list[Any] = []
         """Those that were read, from the top."""
         self._index: dict[nn.Module, int] = {}
-        self._resident = ResidentWeights()
+        self.resident = ResidentWeights() if resident is None else resident
         self.parts: list[LayerParts | None] = []
         """Of each layer; None where it cannot run fused."""
         self.reasons: list[str | None] = []
@@ -109,7 +110,7 @@ class ModelReading:
         modules = [*layers, norm, getattr(backbone, spec.rotary_embedding, None)]
         replaced = len(modules) != len(self._modules) or not all(map(is_, modules, self._modules))
         unchanged = not replaced and around == self._around and self._watch is not None and self._watch.unchanged()
-        if not unchanged or (resident_layers and not self._resident.hold()):
+        if not unchanged or (resident_layers and not self.resident.hold()):
             self._modules, self._index = modules, {layer: index for index, layer in enumerate(layers)}
             self._around = around
             self._read(backbone, spec, resident_layers, dtype)
@@ -153,7 +154,7 @@ class ModelReading:
             read_parts(layer, spec, index) if reason is None else None
             for index, (layer, reason) in enumerate(zip(layers, self.reasons, strict=True))
         ]
-        self.parts = self._resident.of(self.parts, 0 if dtype is None else resident_layers, dtype)
+        self.parts = self.resident.of(self.parts, 0 if dtype is None else resident_layers, dtype)
         whole = [parts for parts in self.parts if parts is not None]
         bank = None if self.stack is None else self.stack.bank
         # A second bank would hold every adapter twice.

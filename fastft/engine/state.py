@@ -43,6 +43,8 @@ class Read:
         self.layers = ModelReading()
         self.parts: dict[str, Any] = {}
         """By a part's name, whatever it keeps."""
+        self.by_adapters: dict[tuple[Any, ...], ModelReading] = {}
+        """By what adapters are active, for who changes them from call to call; `layers` is one of these."""
 
     def __reduce__(self) -> tuple[type["Read"], tuple[()]]:
         return Read, ()
@@ -134,6 +136,21 @@ class EngineSettings:
         model = self.model()
         read: Read = self.read_without_model if model is None else model.__dict__.get(READ, self.read_without_model)
         return read
+
+    @contextmanager
+    def reading_for(self, adapters: tuple[Any, ...]) -> Iterator[None]:
+        """Within it, the layers are read for themselves under these active adapters, so that a policy and its
+        reference do not make each other be read anew."""
+        read = self._read()
+        before = read.layers
+        if adapters not in read.by_adapters:
+            taken = before in read.by_adapters.values() or not adapters
+            read.by_adapters[adapters] = ModelReading(before.resident) if taken else before
+        read.layers = read.by_adapters[adapters]
+        try:
+            yield
+        finally:
+            read.layers = before
 
     @contextmanager
     def forward(self) -> Iterator[None]:

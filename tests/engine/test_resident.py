@@ -52,7 +52,7 @@ def dequantized(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def held(model: Any) -> int:
-    return len(state_of(base_model(model)).settings.reading._resident._dense)
+    return len(state_of(base_model(model)).settings.reading.resident._dense)
 
 
 @pytest.mark.parametrize("count", [1, 3])

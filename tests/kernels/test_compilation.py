@@ -47,9 +47,35 @@ def cross_entropy(scale: bool, softcap: bool, lse: bool) -> list[tuple[str, Argu
         ("cross_entropy._cross_entropy_kernel", {
             "logits_ptr": "*fp16" if lse else HALF, "targets_ptr": TARGETS, "scale_ptr": WIDE if scale else None,
             "lse_ptr": WIDE if lse else None, "loss_ptr": WIDE, "divisor_ptr": WIDE if scale else None,
-            "multiplier": NUMBER, "softcap": NUMBER if softcap else None, "BLOCK_V": 4096,
+            "multiplier": NUMBER, "softcap": NUMBER if softcap else None, "temperature": NUMBER, "BLOCK_V": 4096,
         })
     ]  # fmt: skip
+
+
+def row_statistics(asked: bool, softcap: bool) -> list[tuple[str, Arguments]]:
+    """All of them, or one."""
+    more = WIDE if asked else None
+    return [
+        ("row_statistics._row_statistics_kernel", {
+            "logits_ptr": HALF, "targets_ptr": TARGETS, "entropy_ptr": WIDE, "log_sum_sq_ptr": more, "mean_ptr": more,
+            "is_top1_ptr": "*i1" if asked else None, "multiplier": NUMBER, "softcap": NUMBER if softcap else None,
+            "temperature": NUMBER, "BLOCK_V": 4096,
+        })
+    ]  # fmt: skip
+
+
+def on_a_wide_residual_stream() -> list[tuple[str, Arguments]]:
+    """As under autocast over fp32 weights."""
+    (forward, of_forward), (backward, of_backward) = norm("rms", True)
+    (_, _, (add, of_add), (rotate, of_rotate)) = adapted("silu", True, 16)
+    wide = {"residual_ptr": WIDE, "weight_ptr": WIDE}
+    return [
+        (forward, {**of_forward, **wide, "sum_ptr": WIDE}),
+        (forward, {**of_forward, **wide, "x_ptr": WIDE, "residual_ptr": None, "sum_ptr": None}),
+        (backward, {**of_backward, **wide, "x_ptr": WIDE, "dx_ptr": WIDE}),
+        (add, {**of_add, "residual_ptr": WIDE, "out_ptr": WIDE}),
+        (rotate, {**of_rotate, "cos_ptr": WIDE, "sin_ptr": WIDE}),
+    ]
 
 
 def rope(inverse: bool) -> list[tuple[str, Arguments]]:
@@ -123,6 +149,8 @@ LAUNCHES = [
         for launch in activation(kind, gated)
     ),
     *(launch for each in itertools.product((True, False), repeat=3) for launch in cross_entropy(*each)),
+    *(launch for each in itertools.product((True, False), repeat=2) for launch in row_statistics(*each)),
+    *on_a_wide_residual_stream(),
     *(launch for inverse in (True, False) for launch in rope(inverse)),
     *(launch for rank in (8, 16, 64) for gated in (True, False) for launch in adapted("silu", gated, rank)),
     *(launch for kind in ("gelu", "gelu_tanh") for launch in adapted(kind, True, 16)),

@@ -33,6 +33,7 @@ def differentiate(
     z_NV = logits_NV / (1 / transform.multiplier)
     if transform.softcap is not None:
         z_NV = torch.tanh(z_NV / transform.softcap) * transform.softcap
+    z_NV = z_NV / transform.temperature
     wide_NV = z_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     loss_N = functional.cross_entropy(wide_NV, targets_N, reduction="none")
     return loss_N.detach(), torch.autograd.grad(loss_N.sum() * SCALE, logits_NV)[0]
@@ -86,7 +87,11 @@ def test_loss_and_gradient_against_fp64(N, V, dtype, device, kernels, assert_acc
     compare_gradient(assert_accurate, (logits_NV, divisor_N), before_NV, targets_N)
 
 
-@pytest.mark.parametrize("transform", [(1 / 16, None), (-0.5, None), (1.0, 30.0), (1.0, 2.0), (0.25, 5.0)], ids=str)
+@pytest.mark.parametrize(
+    "transform",
+    [(1 / 16, None), (-0.5, None), (1.0, 30.0), (1.0, 2.0), (0.25, 5.0), (1.0, None, 0.7), (0.5, 5.0, 1.3)],
+    ids=str,
+)
 @pytest.mark.parametrize(("N", "V"), [(63, 100), (31, 20011)])
 def test_transformed_logits_against_fp64(N, V, transform, dtype, device, kernels, assert_accurate):
     transform = LogitTransform(*transform)
@@ -178,7 +183,7 @@ def test_blocks_of_rows_change_nothing(device, monkeypatch):
     logits_NV, targets_N = make(11, 50, torch.float32, device)
     whole_NV, blocks_NV = logits_NV.clone(), logits_NV.clone()
     whole = reference.cross_entropy_(whole_NV, targets_N, SCALE)
-    monkeypatch.setitem(reference._BLOCK_ELEMENTS, device.type, 150)
+    monkeypatch.setitem(reference.BLOCK_ELEMENTS, device.type, 150)
     assert_close(reference.cross_entropy_(blocks_NV, targets_N, SCALE), whole)
     assert_close(blocks_NV, whole_NV, atol=1e-8, rtol=1e-5)
 

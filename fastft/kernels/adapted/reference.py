@@ -73,7 +73,7 @@ def activate_backward(
 
 
 def add(x_TF: Tensor, residual_TF: Tensor, term: AdapterTerm, multiplier: float = 1.0) -> Tensor:
-    """`residual + multiplier · (x + term)` (T × F, dtype of `residual_TF`), into x's place where it has that dtype and is
+    """`residual + multiplier · (x + term)` (T × F, dtype of `residual_TF`), in x's place if it has that dtype and is
     contiguous."""
     x_TF = x_TF.contiguous()
     out_TF = x_TF if x_TF.dtype == residual_TF.dtype else None

@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 
 class LogitTransform(NamedTuple):
-    """What a model does to its head's output before the softmax: `softcap · tanh(multiplier · logits / softcap)`."""
+    """What happens to logits before the softmax: `softcap · tanh(multiplier · logits / softcap) / temperature`."""
 
     multiplier: float = 1.0
     softcap: float | None = None
     """None leaves the tanh out."""
+    temperature: float = 1.0
+    """What a method of reinforcement learning samples, and scores, at."""

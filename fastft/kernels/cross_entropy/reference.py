@@ -14,7 +14,7 @@ from fastft.kernels.cross_entropy import LogitTransform
 
 # Rows are taken in blocks: on a CPU so few that all passes over a block stay in the cache, on a GPU enough
 # to fill it while the fp32 copy of 16-bit logits stays small.
-_BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
 def scale_tensor(scale: float | Tensor, device: torch.device) -> Tensor:
@@ -51,7 +51,7 @@ def cross_entropy_(
     if N == 0:
         return loss_N, divisor_N
     scale_1 = None if scale is None else scale_tensor(scale, logits_NV.device)
-    rows = max(1, _BLOCK_ELEMENTS.get(logits_NV.device.type, 2**26) // V)
+    rows = max(1, BLOCK_ELEMENTS.get(logits_NV.device.type, 2**26) // V)
     for logits_nV, targets_n, loss_n in zip(
         logits_NV.split(rows), targets_N.split(rows), loss_N.split(rows), strict=True
     ):
@@ -62,7 +62,7 @@ def cross_entropy_(
 def _block(
     logits_nV: Tensor, targets_n1: Tensor, scale_1: Tensor | None, loss_n: Tensor, transform: LogitTransform
 ) -> None:
-    z_nV, slope_nV = _transformed(logits_nV, transform, needs_slope=scale_1 is not None)
+    z_nV, slope_nV = transformed(logits_nV, transform, needs_slope=scale_1 is not None)
     in_place = scale_1 is not None and z_nV.dtype == torch.float32
     maximum_n1 = z_nV.amax(-1, keepdim=True)
     # The subtraction of two 16-bit numbers would be rounded; of one and an fp32 number it is not.
@@ -82,13 +82,14 @@ def _block(
         logits_nV.copy_(work_nV)
 
 
-def _transformed(
+def transformed(
     logits_nV: Tensor, transform: LogitTransform, *, needs_slope: bool
 ) -> tuple[Tensor, Tensor | float | None]:
     """z, new and in fp32 unless it is the logits themselves, and dz / dlogits (None for 1)."""
-    multiplier, softcap = transform
+    multiplier, softcap, temperature = transform
     if softcap is None:
-        return (logits_nV, None) if multiplier == 1.0 else (logits_nV.to(torch.float32) * multiplier, multiplier)
+        factor = multiplier / temperature
+        return (logits_nV, None) if factor == 1.0 else (logits_nV.to(torch.float32) * factor, factor)
     tanh_nV = (logits_nV.to(torch.float32) * (multiplier / softcap)).tanh_()
-    slope_nV = tanh_nV.square().neg_().add_(1.0).mul_(multiplier) if needs_slope else None
-    return tanh_nV.mul_(softcap), slope_nV
+    slope_nV = tanh_nV.square().neg_().add_(1.0).mul_(multiplier / temperature) if needs_slope else None
+    return tanh_nV.mul_(softcap / temperature), slope_nV

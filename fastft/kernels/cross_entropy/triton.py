@@ -37,8 +37,9 @@ def _tanh(x):
 
 
 @triton.jit
-def _capped(logits, mask, multiplier, softcap):
-    """What the softmax is taken of, in units of the multiplier where there is no soft-cap; −∞ outside the row."""
+def capped_logits(logits, mask, multiplier, softcap):
+    """What the softmax is taken of, but for the temperature, and without a soft-cap for the multiplier; −∞ outside the
+    row."""
     capped = logits
     if softcap is not None:
         capped = tl.where(mask, softcap * _tanh(logits * multiplier / softcap), float("-inf"))
@@ -66,7 +67,7 @@ def _multiply_(row_ptr, lane_offsets_V, block_stride, blocks, factor):
 @triton.jit
 def _cross_entropy_kernel(
     logits_ptr, targets_ptr, scale_ptr, lse_ptr, loss_ptr, divisor_ptr, V, logits_stride_N, logits_stride_V,
-    multiplier, softcap, BLOCK_V: tl.constexpr,
+    multiplier, softcap, temperature, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """`lse_ptr`: log-sum-exp of the rows.  Without a scale it is written; with one it is the level to begin at, from
     which no row rises."""
@@ -81,14 +82,14 @@ def _cross_entropy_kernel(
     target_exists = (target >= 0) & (target < V)
     target_ptr = row_ptr + target * logits_stride_V
     target_logit = tl.load(target_ptr, mask=target_exists, other=float("nan")).to(tl.float32)
-    target_capped = _capped(target_logit, True, multiplier, softcap)
+    target_capped = capped_logits(target_logit, True, multiplier, softcap)
     target_column = target.to(tl.int32)
     tl.debug_barrier()  # every thread has read it before one writes there
 
-    # The multiplier is left out of everything that is done for each element.
-    unit = multiplier
+    # What every element is multiplied by is left out of all that is done for each.
+    unit = multiplier / temperature
     if softcap is not None:
-        unit = 1.0
+        unit = 1.0 / temperature
     to_base_2 = unit * 1.4426950408889634
     limit = _LIMIT / unit
     maximum = tl.full((), _LOWEST, tl.float32)
@@ -106,7 +107,7 @@ def _cross_entropy_kernel(
         # The next block, so that its load need not wait for this one's maximum; nobody has written there yet.
         after_V = lanes_V < V - start - BLOCK_V
         ahead_V = tl.load(block_ptr + block_stride + lane_offsets_V, mask=after_V, other=float("-inf"))
-        capped_V = _capped(logits_V, mask_V, multiplier, softcap)
+        capped_V = capped_logits(logits_V, mask_V, multiplier, softcap)
         block_maximum = tl.max(capped_V, axis=0)
         maximum = tl.maximum(maximum, block_maximum)
         if block_maximum > level + limit:
@@ -131,10 +132,7 @@ def _cross_entropy_kernel(
     tl.store(loss_ptr + row, log_total - (target_capped - maximum) * unit)
     if scale_ptr is not None:
         # What is the same for a whole row is left to the divisor.
-        scale = tl.load(scale_ptr)
-        if softcap is None:
-            scale *= multiplier
-        tl.store(divisor_ptr + row, total / scale)
+        tl.store(divisor_ptr + row, total / (tl.load(scale_ptr) * unit))
         tl.debug_barrier()  # another thread may have written the target's element with its block
         tl.store(target_ptr, -rest * _slope(target_capped, multiplier, softcap), mask=target_exists)
     elif lse_ptr is not None:
