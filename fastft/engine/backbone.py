@@ -267,7 +267,7 @@ def _who_has_the_head(state: ModuleState) -> str:
     """Why head and loss are not the engine's where the decoder is called by itself."""
     model = state.settings.model()
     forward = None if model is None else getattr(model.__dict__.get("forward"), "__func__", None)
-    owner = getattr(forward, "__module__", "") or ""
+    owner = getattr(forward, "__globals__", {}).get("__name__", "")
     if owner and not owner.startswith(("fastft.", "transformers.")):
         return f"{owner.partition('.')[0]} replaced the model's forward and computes it"
     return "the decoder is called by itself"

@@ -151,7 +151,8 @@ def patch_model(
         resident_layers=resident_layers,
         host_embedding=host_embedding,
     )
-    head_reason = why_replaced(causal_lm) or why_no_head(causal_lm.get_output_embeddings())
+    replaced = None if trl_head.trls_head(causal_lm) is not None else why_replaced(causal_lm)
+    head_reason = replaced or why_no_head(causal_lm.get_output_embeddings())
     _note(ledger, "lm_head", "head_and_loss", ops.name, head_reason)
     for index, layer in enumerate(layers):
         _note(

@@ -23,7 +23,7 @@ from torch import nn
 
 from fastft.adapters.lora import has_hooks
 from fastft.engine import inputs
-from fastft.engine.attach import STATE, attach, is_ours
+from fastft.engine.attach import STATE, WeakMethod, attach, is_ours
 from fastft.engine.backbone import HEAD, Stacked, backbone_forward, run_straight
 from fastft.engine.log_probs import linear_log_probs
 from fastft.engine.loss import IGNORED, Targets
@@ -54,11 +54,14 @@ class TrlHead(NamedTuple):
 
 def trls_head(model: nn.Module) -> TrlHead | None:
     """The head that TRL added to `model`; None where it added none, or one of a release that is not known."""
-    function = getattr(model.__dict__.get("forward"), "__func__", None)
+    forward, state = model.__dict__.get("forward"), model.__dict__.get(STATE)
+    if state is not None and type(forward) is WeakMethod:
+        forward = state.original  # it was there when the model was patched
+    function = getattr(forward, "__func__", None)
     code, utils = getattr(function, "__code__", None), sys.modules.get(_UTILS)
     if utils is None or code is None or (code.co_filename, code.co_qualname) != (utils.__file__, _FORWARD):
         return None
-    if getattr(utils, _KERNEL, None).__module__ != "trl.kernels.chunked_logprob":
+    if getattr(getattr(utils, _KERNEL, None), "__module__", None) != "trl.kernels.chunked_logprob":
         return None  # somebody's own kernel
     told = {
         name: cell.cell_contents for name, cell in zip(code.co_freevars, function.__closure__, strict=True)  # type: ignore[union-attr]
@@ -91,6 +94,8 @@ def tuner_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             answer = _answer(model, head, args, kwargs)
             if answer is not None:
                 return answer
+            with model.__dict__[STATE].settings.head_decided():
+                return type(self).forward(self, *args, **kwargs)
     return type(self).forward(self, *args, **kwargs)
 
 

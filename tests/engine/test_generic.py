@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from trl.trainer.utils import add_fused_lm_head
 
 from fastft import ledger_of, patch_model, unpatch_model
 from fastft.engine.patch import placement_of
@@ -492,3 +493,19 @@ def test_names_are_the_models_own(unknown):
     ledger = patch_model(unknown("gpt2"), backend="eager")
     names = [f"h.{i}.{part}" for i, part in itertools.product(range(2), ["attn.c_attn", "attn.c_proj", "mlp.c_fc"])]
     assert set(names) <= set(ledger.paths)
+
+
+@pytest.mark.parametrize("family", ["olmo2", "gpt2"])
+def test_trls_head_is_answered_in_a_family_without_a_specification(family, unknown, batch_of, error_of):
+    models, outputs, found = [unknown(family) for _ in range(2)], [], []
+    patch_model(models[1], backend="eager")
+    for model in models:
+        add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy"))
+        batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch_of("right").items()}
+        outputs.append(model(**batch, use_cache=False, fused_lm_head=True))
+        outputs[-1].log_probs.square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(outputs[1].log_probs, outputs[0].log_probs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs[1].entropy, outputs[0].entropy, rtol=1e-4, atol=1e-5)
+    assert error_of(found[1], found[0]) < TOLERANCE
+    assert ledger_of(models[1]).paths["lm_head"].path == "fused (eager)"
