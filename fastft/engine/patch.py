@@ -151,9 +151,13 @@ def patch_model(
         resident_layers=resident_layers,
         host_embedding=host_embedding,
     )
-    replaced = None if trl_head.trls_head(causal_lm) is not None else why_replaced(causal_lm)
-    head_reason = replaced or why_no_head(causal_lm.get_output_embeddings())
-    _note(ledger, "lm_head", "head_and_loss", ops.name, head_reason)
+    # A head that scores sequences, or classifies tokens, is small: it stays Hugging Face's.
+    predicts = _predicts_tokens(causal_lm)
+    settings.knows_head = not predicts
+    if predicts:
+        replaced = None if trl_head.trls_head(causal_lm) is not None else why_replaced(causal_lm)
+        head_reason = replaced or why_no_head(causal_lm.get_output_embeddings())
+        _note(ledger, "lm_head", "head_and_loss", ops.name, head_reason)
     for index, layer in enumerate(layers):
         _note(
             ledger,
@@ -174,7 +178,10 @@ def patch_model(
             note_part(ledger, part, ops.name)
 
     kind: Any = type(causal_lm)
-    _install(causal_lm, causal_lm_forward_of(kind), ModuleState(settings, "lm_head"))
+    if predicts:
+        _install(causal_lm, causal_lm_forward_of(kind), ModuleState(settings, "lm_head"))
+    else:
+        attach(causal_lm, {}, **{STATE: ModuleState(settings, "model")})
     causal_lm.__dict__[READ] = Read()
     _install(backbone, backbone_forward, ModuleState(settings, "backbone"))
     for layer, index in {layer: index for index, layer in reversed(list(enumerate(layers)))}.items():
@@ -193,14 +200,17 @@ def _why_unspecified(model: Any, family: str) -> str | None:
     spec = SPECS.get(family)
     if spec is None:
         return f"no layer specification for {family}"
-    if not type(model).__name__.endswith("ForCausalLM"):
-        return f"{type(model).__name__} is no causal language model"
     try:
         layers, norm = layers_and_norm(attrgetter(spec.backbone)(model), spec)
         known = all(isinstance(module, nn.Module) for module in (*layers, norm)) and bool(layers)
     except (AttributeError, TypeError):
         known = False
     return None if known else f"{type(model).__name__} is built otherwise than {spec.model_class}"
+
+
+def _predicts_tokens(model: Any) -> bool:
+    """Whether the head is a language model's."""
+    return type(model).__name__.endswith("ForCausalLM")
 
 
 def _patch_parts_only(

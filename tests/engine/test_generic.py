@@ -412,26 +412,58 @@ def test_a_norm_that_is_none_is_no_error_where_strict(unknown, batch_of, step, e
 
 # Models that are no causal language models
 
+_OTHER_HEADS = {
+    "SEQ_CLS": ("LlamaForSequenceClassification", torch.tensor([0, 1, 0, 1])),
+    "TOKEN_CLS": ("Qwen3ForTokenClassification", torch.arange(4 * 23).view(4, 23) % 2),
+}
 
-def test_what_is_no_causal_language_model_runs_part_by_part(toy_base, device):
-    config = toy_base().config
+
+@pytest.mark.parametrize("form", ["none", "right", "left"])
+@pytest.mark.parametrize("task", _OTHER_HEADS)
+def test_the_layers_under_another_head_run_fused(task, form, batch_of, toy_base, device, error_of):
+    name, labels = _OTHER_HEADS[task]
+    config = toy_base("toy-qwen3" if "Qwen3" in name else "toy-llama").config
     config.pad_token_id = 0
+    batch = {key: tensor.to(device) for key, tensor in batch_of(form).items() if key != "labels"}
+    batch["input_ids"] = batch["input_ids"].clamp(min=1)
+    batch["labels"] = labels.to(device)
+    lora = peft.LoraConfig(task_type=task, r=2, target_modules=["q_proj", "down_proj"])
+    losses, found = [], []
+    for fast in (False, True):
+        torch.manual_seed(1)
+        base = getattr(transformers, name)(config).to(device)
+        model = randomize_adapters(peft.get_peft_model(base, lora)).train()
+        if fast:
+            patch_model(model, backend="eager", strict=True)
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.item())
+        found.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert error_of(found[1], found[0]) < TOLERANCE
+    assert counts(model, "decoder", "head") == {"decoder_layer: fused (eager)": 3}
+    unpatch_model(model)
+    assert ledger_of(model) is None
+
+
+def test_what_has_no_decoder_that_the_engine_knows_runs_part_by_part(toy_base, device):
+    """A bare model is not found under the name that it has in one with a head."""
     torch.manual_seed(1)
-    base = transformers.LlamaForSequenceClassification(config).to(device)
-    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "down_proj"])
+    base = transformers.LlamaModel(toy_base().config).to(device)
+    lora = peft.LoraConfig(task_type="FEATURE_EXTRACTION", r=2, target_modules=["q_proj", "down_proj"])
     model = randomize_adapters(peft.get_peft_model(base, lora)).train()
-    inputs = {"input_ids": torch.tensor([[1, 2, 3]], device=device), "labels": torch.tensor([0], device=device)}
+    inputs = {"input_ids": torch.tensor([[1, 2, 3]], device=device)}
     stock = copy.deepcopy(model)
     patch_model(model, backend="eager", strict=True)
     for each in (stock, model):
-        each(**inputs).loss.backward()
+        each(**inputs).last_hidden_state.square().mean().backward()
     for (name, p), (_, q) in zip(stock.named_parameters(), model.named_parameters(), strict=True):
         if p.grad is not None:
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6, msg=name)
     assert counts(model, "linear", "norm", "head", "decoder") == {
         "linear: fused (eager)": 6,
         "norm: fused (eager)": 7,
-        "decoder_layer: stock, because LlamaForSequenceClassification is no causal language model": 3,
+        "decoder_layer: stock, because LlamaModel is built otherwise than LlamaForCausalLM": 3,
     }
     unpatch_model(model)
     assert ledger_of(model) is None

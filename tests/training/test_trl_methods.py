@@ -37,6 +37,7 @@ def _rows(method: str) -> Dataset:
         made.append({
             "sft": {"text": prompt + right},
             "dpo": {"prompt": prompt, "chosen": right, "rejected": wrong},
+            "reward": {"chosen": prompt + right, "rejected": prompt + wrong},
             "kto": {"prompt": prompt, "completion": right if number % 2 else wrong, "label": bool(number % 2)},
         }.get(method, {"prompt": prompt}))  # fmt: skip
     return Dataset.from_list(made)
@@ -52,6 +53,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo precomputed": ("DPO", {"max_length": 64, "precompute_ref_log_probs": True}),
     "dpo ipo": ("DPO", {"max_length": 64, "loss_type": "ipo"}),
     "kto": ("KTO", {"max_length": 64}),
+    "reward": ("Reward", {"max_length": 64}),
     "grpo": ("GRPO", _SAMPLED),
     "grpo entropy": ("GRPO", {**_SAMPLED, "top_entropy_quantile": 0.5}),
     "rloo": ("RLOO", _SAMPLED),
@@ -74,7 +76,9 @@ def train(method: str, folder: Path, *, fast: bool, **more: Any) -> tuple[list[d
             TINY,
             args=getattr(trl, f"{kind}Config")(**arguments),
             train_dataset=_rows(name),
-            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=ALL, task_type="CAUSAL_LM"),
+            peft_config=LoraConfig(
+                r=8, lora_alpha=16, target_modules=ALL, task_type="SEQ_CLS" if name == "reward" else "CAUSAL_LM"
+            ),
             **given,
         )
         trainer.train()
