@@ -14,6 +14,9 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "FastLanguageModel": "fastft.api",
     "patch_hf_training": "fastft.api",
+    "SFTTrainer": "fastft.trainer",
+    "Trainer": "fastft.trainer",
+    "is_bfloat16_supported": "fastft.hardware",
     "patch_model": "fastft.engine.patch",
     "unpatch_model": "fastft.engine.patch",
     "ledger_of": "fastft.engine.patch",
@@ -29,7 +32,10 @@ __all__ = [
     "Plan",
     "Record",
     "RunConfig",
+    "SFTTrainer",
+    "Trainer",
     "__version__",
+    "is_bfloat16_supported",
     "ledger_of",
     "patch_hf_training",
     "patch_model",
@@ -41,8 +47,10 @@ if TYPE_CHECKING:
     from fastft.config import RunConfig
     from fastft.engine.patch import ledger_of, patch_model, unpatch_model
     from fastft.errors import FastftError
+    from fastft.hardware import is_bfloat16_supported
     from fastft.plan import Plan
     from fastft.record import Record
+    from fastft.trainer import SFTTrainer, Trainer
 
 
 def __getattr__(name: str) -> Any:

@@ -82,6 +82,12 @@ def resolve_dtype(wanted: str, device: Device) -> str:
     return "bf16" if float(device.compute_capability or 0) >= 8.0 else "fp16"
 
 
+def is_bfloat16_supported() -> bool:
+    """Whether bf16 trains here: on a CPU, and on a GPU from compute capability 8.0 on."""
+    device = detect_device("auto")
+    return device.kind == "cpu" or float(device.compute_capability or 0) >= 8.0
+
+
 def software_versions() -> dict[str, str]:
     """Versions of Python, CUDA (that torch was built for) and the packages that matter; "none" where absent."""
     versions = {"python": platform.python_version(), "cuda": _torch_cuda_version() or "none"}
