@@ -14,6 +14,9 @@ A forward of a model of a known family (`fastft.models.spec`) goes straight thro
     tiles.py          runs its MLP over some rows at a time
     norm.py           is the final norm
     loss.py           is head and cross-entropy, in chunks of labelled rows
+    log_probs.py      is head and log-probabilities, of the same rows
+    trl_head.py       answers what TRL's trainers ask of the head that they add
+    precision.py      says which dtype is computed in
     deferred.py       makes what an output holds and training did not compute, when somebody looks
     first_order.py    makes a derivative of a derivative, or of several at once, an error
 
@@ -37,7 +40,7 @@ Memory and launches:
     saved.py          holds the intermediates of a layer, by policy
     offload.py        keeps in host memory what waits for its backward
     host_embedding.py keeps the input embedding there
-    resident.py       keeps dense copies of quantized weights
+    resident.py       keeps dense copies of quantized weights, and 16-bit ones of fp32 weights
     bank.py           keeps all adapters in one buffer
     optimizer_step.py updates that buffer at once
     clipping.py       clips its gradients at once
