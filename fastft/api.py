@@ -209,6 +209,9 @@ class HfPatch:
 
     def __init__(self, backend: str, strict: bool) -> None:
         import peft
+        import transformers
+
+        from fastft.training import methods
 
         self._backend = load_backend(_backend_name(backend, detect_device("auto"))).name
         self._strict = strict
@@ -223,6 +226,18 @@ class HfPatch:
 
         self._replacement = init_and_patch
         peft.PeftModel.__init__ = init_and_patch  # type: ignore[method-assign]
+        self._adapted: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._trainers = transformers.Trainer.__init__
+        of_trainers = transformers.Trainer.__init__
+
+        @functools.wraps(of_trainers)
+        def init_and_adapt(self: Any, *args: Any, **kwargs: Any) -> None:
+            of_trainers(self, *args, **kwargs)
+            if methods.put_in(self):
+                patch._adapted.add(self)
+
+        self._of_trainers = init_and_adapt
+        transformers.Trainer.__init__ = init_and_adapt  # type: ignore[method-assign]
 
     def _adopt(self, model: nn.Module) -> None:
         try:
@@ -239,13 +254,19 @@ class HfPatch:
     def undo(self) -> None:
         """Restore PEFT, and every model that was patched through it and still lives, its deep copies too."""
         import peft
+        import transformers
+
+        from fastft.training import methods
 
         if self._original is None:
             return
-        if peft.PeftModel.__init__ is not self._replacement:
+        if (peft.PeftModel.__init__, transformers.Trainer.__init__) != (self._replacement, self._of_trainers):
             raise FastftError("another patch lies over this one", fix="undo the later patch_hf_training() first")
         peft.PeftModel.__init__ = self._original  # type: ignore[method-assign]
+        transformers.Trainer.__init__ = self._trainers  # type: ignore[method-assign]
         self._original = None
+        for trainer in list(self._adapted):
+            methods.take_out(trainer)
         for model in list(self._models):
             unpatch_model(model)
         forget_the_gone()

@@ -40,7 +40,7 @@ _GONE = {
 _said: set[str] = set()
 
 
-class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
+class SFTTrainer(trl.SFTTrainer):
     """`trl.SFTTrainer`, which also takes the arguments of older releases and plain lists of rows."""
 
     def __init__(self, model: Any = None, args: Any = None, *more: Any, **given: Any) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import trl
+import trl.experimental.orpo
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import AutoTokenizer
 
 from fastft import ledger_of, patch_hf_training
 
@@ -37,6 +39,7 @@ def _rows(method: str) -> Dataset:
         made.append({
             "sft": {"text": prompt + right},
             "dpo": {"prompt": prompt, "chosen": right, "rejected": wrong},
+            "orpo": {"prompt": prompt, "chosen": right, "rejected": wrong},
             "reward": {"chosen": prompt + right, "rejected": prompt + wrong},
             "kto": {"prompt": prompt, "completion": right if number % 2 else wrong, "label": bool(number % 2)},
         }.get(method, {"prompt": prompt}))  # fmt: skip
@@ -54,6 +57,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo ipo": ("DPO", {"max_length": 64, "loss_type": "ipo"}),
     "kto": ("KTO", {"max_length": 64}),
     "reward": ("Reward", {"max_length": 64}),
+    "orpo": ("ORPO", {"max_length": 64, "model_init_kwargs": {"dtype": "float32"}}),
     "grpo": ("GRPO", _SAMPLED),
     "grpo entropy": ("GRPO", {**_SAMPLED, "top_entropy_quantile": 0.5}),
     "rloo": ("RLOO", _SAMPLED),
@@ -72,9 +76,12 @@ def train(method: str, folder: Path, *, fast: bool, **more: Any) -> tuple[list[d
             "use_cpu": not torch.cuda.is_available(), "bf16": False, "optim": "sgd", **settings, **more,
         }  # fmt: skip
         given = {"reward_funcs": _digits} if name in ("grpo", "rloo") else {}
-        trainer = getattr(trl, f"{kind}Trainer")(
+        home = trl.experimental.orpo if name == "orpo" else trl
+        if name == "orpo":  # it wants the tokenizer, and on a CPU its default is bf16
+            given["processing_class"] = AutoTokenizer.from_pretrained(TINY)
+        trainer = getattr(home, f"{kind}Trainer")(
             TINY,
-            args=getattr(trl, f"{kind}Config")(**arguments),
+            args=getattr(home, f"{kind}Config")(**arguments),
             train_dataset=_rows(name),
             peft_config=LoraConfig(
                 r=8, lora_alpha=16, target_modules=ALL, task_type="SEQ_CLS" if name == "reward" else "CAUSAL_LM"
