@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "FastLanguageModel": "fastft.api",
     "patch_hf_training": "fastft.api",
+    "AdaLoraCallback": "fastft.training.adalora",
     "SFTTrainer": "fastft.trainer",
     "Trainer": "fastft.trainer",
     "is_bfloat16_supported": "fastft.hardware",
@@ -27,6 +28,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "AdaLoraCallback",
     "FastLanguageModel",
     "FastftError",
     "Plan",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from fastft.plan import Plan
     from fastft.record import Record
     from fastft.trainer import SFTTrainer, Trainer
+    from fastft.training.adalora import AdaLoraCallback
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,8 @@ LAYERS = (
     ("cli",),
     ("commands", "demo"),  # the demo runs verbs, and is one
     ("doctor", "console"),
-    ("api", "training"),
+    ("api", "trainer"),
+    ("training",),
     ("measure",),
     ("engine", "planning"),
     ("defaults",),

@@ -37,7 +37,6 @@ class Backend(NamedTuple):
     activate_backward: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]
     cross_entropy_: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     row_statistics: Callable[..., "RowStatistics"]
-    entropy_gradient: Callable[..., torch.Tensor]
     activate_adapted: Callable[..., torch.Tensor]
     activate_adapted_backward: Callable[..., "Gradients"]
     add_adapted: Callable[..., torch.Tensor]
@@ -112,7 +111,6 @@ def _collect(
         activation.activate_backward,
         cross_entropy.cross_entropy_,
         row_statistics.row_statistics,
-        row_statistics.entropy_gradient,
         adapted.activate,
         adapted.activate_backward,
         adapted.add,

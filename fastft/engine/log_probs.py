@@ -17,6 +17,7 @@ from fastft.engine.first_order import first_order, path_to
 from fastft.engine.loss import labelled, through_head
 from fastft.kernels.cross_entropy import LogitTransform
 from fastft.kernels.row_statistics import RowStatistics
+from fastft.kernels.row_statistics.reference import entropy_gradient
 
 
 class LogProbs(NamedTuple):
@@ -83,7 +84,7 @@ class LinearLogProbs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in found if t is not None and t is not found.entropy_N))
         if needs_grad:
-            ctx.shape, ctx.ops, ctx.chunk_tokens, ctx.transform = hidden_TD.shape, ops, chunk_tokens, transform
+            ctx.shape, ctx.chunk_tokens, ctx.transform = hidden_TD.shape, chunk_tokens, transform
             # The rows themselves only where somebody may ask for the entropy's gradient.
             of_entropy = (None, None, None) if found.entropy_N is None else (hidden_ND, head_VD, found.entropy_N)
             ctx.save_for_backward(scored.gradient_ND, scored.divisor_N, rows_N, path_to(hidden_TD), *of_entropy)
@@ -115,6 +116,6 @@ def _entropy_backward(
     for start in range(0, len(hidden_ND), ctx.chunk_tokens):
         part = slice(start, start + ctx.chunk_tokens)
         logits_NV = torch.mm(hidden_ND[part], head_VD.t())
-        gradient_NV = ctx.ops.entropy_gradient(logits_NV, entropy_N[part], factor_N[part], ctx.transform)
+        gradient_NV = entropy_gradient(logits_NV, entropy_N[part], factor_N[part], ctx.transform)
         torch.mm(gradient_NV, head_VD, out=gradient_ND[part])
     return gradient_ND

@@ -252,3 +252,13 @@ def test_truncation_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> N
 def test_no_samples_is_an_error() -> None:
     with pytest.raises(DataError, match="there are no samples"):
         encode([], tokenizer(), max_tokens=9, chat_template=CHATML)
+
+
+def test_a_sample_of_just_the_length_is_not_cut():
+    conversation = chat("a", "b c")
+    length = len(encode([conversation], tokenizer(), max_tokens=10_000, chat_template=CHATML).examples[0].input_ids)
+    counts = [
+        encode([conversation], tokenizer(), max_tokens=most, chat_template=CHATML).truncated
+        for most in (length + 1, length, length - 1)
+    ]
+    assert counts == [0, 0, 1]

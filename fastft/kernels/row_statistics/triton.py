@@ -17,9 +17,6 @@ from fastft.kernels.cross_entropy import LogitTransform
 from fastft.kernels.cross_entropy.triton import capped_logits
 from fastft.kernels.launch import device_guard, next_power_of_2
 from fastft.kernels.row_statistics import NAMES, RowStatistics, reference
-from fastft.kernels.row_statistics.reference import entropy_gradient
-
-__all__ = ["entropy_gradient", "row_statistics"]
 
 _BLOCK_V, _WARPS = 4096, 8
 _LOWEST = tl.constexpr(-3.4e38)
