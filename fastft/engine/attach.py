@@ -143,6 +143,24 @@ def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], **more:
     module.__dict__.update(more)
 
 
+def lay_over(module: nn.Module, name: str) -> Any:
+    """Put an attached method on top again of what somebody put over it since, which counts as what stood there before,
+    and return that."""
+    attached = dict(module.__dict__[_METHODS])
+    before = module.__dict__.get(name)
+    attached[name] = attached[name]._replace(before=before)
+    module.__dict__[_METHODS] = attached
+    module.__dict__[name] = WeakMethod(attached[name].function, module, name)
+    return before
+
+
+def take_from_below(module: nn.Module, name: str) -> None:
+    """The inverse: what an attached method lies over is gone."""
+    attached = dict(module.__dict__[_METHODS])
+    attached[name] = attached[name]._replace(before=None)
+    module.__dict__[_METHODS] = attached
+
+
 def detach(module: nn.Module) -> None:
     """Take off what `attach` put on.  A method that somebody put over one of them stays: what lies below it is stock
     again."""

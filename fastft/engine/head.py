@@ -23,7 +23,7 @@ from fastft.engine.state import (
     why_not_differentiated,
 )
 from fastft.engine.support import NO_LABELS, why_no_divisor, why_no_head, why_no_loss, why_other_head, why_sharded
-from fastft.engine.trl_head import trls_head
+from fastft.engine.trl_head import answer, trls_head
 from fastft.kernels.cross_entropy import LogitTransform
 from fastft.models.identity import why_other_class
 from fastft.models.kv_cache import KV_CACHE
@@ -39,6 +39,8 @@ def causal_lm_forward_of(kind: Any) -> Callable[..., Any]:
     @functools.wraps(kind.forward)
     def causal_lm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state: ModuleState | None = self.__dict__.get(STATE)
+        if state is not None and kwargs.get("fused_lm_head"):
+            return answer(self, state, args, kwargs)
         if state is None or not torch.is_grad_enabled() or state.settings.why_stock is not None:
             return call_original(self, args, kwargs)
         return _causal_lm(self, state, args, kwargs)
@@ -56,7 +58,7 @@ def _causal_lm(self: nn.Module, state: ModuleState, args: tuple[Any, ...], kwarg
             with settings.stock_only(reason):
                 return call_original(self, args, kwargs)
         # What TRL's own head is not asked by its keyword, it hands on as it is.
-        handed_on = state.replaced is not None and not kwargs.get("fused_lm_head") and trls_head(self) is not None
+        handed_on = state.replaced is not None and trls_head(self) is not None
         given = inputs.bind(self, args, kwargs)
         reason = (None if handed_on else state.replaced) or _why_not_together(self, settings.spec, given)
         if reason is None:

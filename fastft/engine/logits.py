@@ -25,6 +25,7 @@ from fastft.engine.loss import IGNORED, linear_cross_entropy, shifted_targets
 from fastft.engine.precision import compute_dtype
 from fastft.engine.state import EngineSettings, ModuleState, call_original, why_not_differentiated
 from fastft.engine.support import NO_LABELS, why_no_divisor, why_no_head, why_no_loss, why_sharded
+from fastft.engine.trl_head import answer, trls_head
 
 
 @functools.cache
@@ -34,6 +35,8 @@ def deferring_forward_of(kind: Any) -> Callable[..., Any]:
     @functools.wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state: ModuleState | None = self.__dict__.get(STATE)
+        if state is not None and kwargs.get("fused_lm_head"):
+            return answer(self, state, args, kwargs)
         if state is None or not torch.is_grad_enabled() or state.settings.why_stock is not None:
             return call_original(self, args, kwargs)
         return _deferring(self, state, args, kwargs)
@@ -53,7 +56,8 @@ def _deferring(self: nn.Module, state: ModuleState, args: tuple[Any, ...], kwarg
         if _labels(self, args, kwargs) is None:
             settings.ledger.expected(state.name, "head_and_loss", NO_LABELS)
             return call_original(self, args, kwargs)
-        reason = state.replaced or why_not_together(self)
+        handed_on = state.replaced is not None and trls_head(self) is not None
+        reason = (None if handed_on else state.replaced) or why_not_together(self)
         if reason is not None:
             settings.ledger.stock(state.name, "head_and_loss", reason)
             return call_original(self, args, kwargs)

@@ -5,8 +5,8 @@ what else a trainer wants of its logits, in place of the logits (`trl.trainer.ut
 answers such a call from labelled rows only, whatever else the batch holds, in training and without gradients alike: a
 reference, which is the same model with its adapters off, then goes through the same kernels as the policy.
 
-What is asked of a PEFT model comes through its tuner, so that is where the engine stands: TRL puts its `forward` on the
-model inside, over whatever is there.
+TRL puts its `forward` over whatever is there, so the engine's own, which was there first, is put on top again when the
+PEFT model around comes by, before anything else happens.
 
 Legend: B batch, S sequence, D model, T = B·S tokens, N labelled rows.
 """
@@ -23,12 +23,12 @@ from torch import nn
 
 from fastft.adapters.lora import has_hooks
 from fastft.engine import inputs
-from fastft.engine.attach import STATE, WeakMethod, attach, is_ours
+from fastft.engine.attach import STATE, WeakMethod, attach, is_ours, lay_over, take_from_below
 from fastft.engine.backbone import HEAD, Stacked, backbone_forward, run_straight
 from fastft.engine.log_probs import linear_log_probs
 from fastft.engine.loss import IGNORED, Targets
 from fastft.engine.precision import compute_dtype
-from fastft.engine.state import EngineSettings, ModuleState, why_not_differentiated
+from fastft.engine.state import EngineSettings, ModuleState, call_original, why_not_differentiated
 from fastft.engine.support import why_no_head, why_sharded
 from fastft.kernels.cross_entropy import LogitTransform
 from fastft.kernels.row_statistics import NAMES, unknown
@@ -79,24 +79,55 @@ def trls_head(model: nn.Module) -> TrlHead | None:
 
 
 def install(model: nn.Module) -> None:
-    """Stand where a PEFT model calls the model inside, until `unpatch_model`."""
+    """Stand where a PEFT model comes by on its way to the model inside, until `unpatch_model`."""
     tuner = getattr(model, "base_model", None)
-    if isinstance(model, PeftModel) and isinstance(tuner, BaseTuner) and type(tuner).forward is BaseTuner.forward:
+    if isinstance(tuner, BaseTuner) and type(tuner).forward is BaseTuner.forward and "forward" not in tuner.__dict__:
         attach(tuner, {"forward": tuner_forward})
+    if type(model) is PeftModel and "get_base_model" not in model.__dict__:
+        attach(model, {"get_base_model": get_base_model})  # it calls what this gives, past its tuner
 
 
 def tuner_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """PEFT's tuner, which calls the model inside; but what TRL's head was asked, the engine answers if it can."""
-    model = self.model
-    if kwargs.get("fused_lm_head") and STATE in model.__dict__:
-        head = trls_head(model)
-        if head is not None:
-            answer = _answer(model, head, args, kwargs)
-            if answer is not None:
-                return answer
-            with model.__dict__[STATE].settings.head_decided():
-                return type(self).forward(self, *args, **kwargs)
+    """PEFT's tuner, which calls the `forward` of the model inside."""
+    _come_first(self.model)
     return type(self).forward(self, *args, **kwargs)
+
+
+def get_base_model(self: Any) -> Any:
+    """The model inside a `PeftModel` that is of no task's class."""
+    model = type(self).get_base_model(self)
+    _come_first(model)
+    return model
+
+
+def _come_first(model: nn.Module) -> None:
+    """Put the engine's `forward` over the one that TRL put over it."""
+    state = model.__dict__.get(STATE)
+    if state is not None and type(model.__dict__.get("forward")) is not WeakMethod and trls_head(model) is not None:
+        state.original = lay_over(model, "forward")
+
+
+def take_off(model: nn.Module, before: Any) -> None:
+    """Remove the head that TRL added to `model`, where it did; `before` is what its `forward` was."""
+    if trls_head(model) is None:
+        return
+    if type(model.__dict__["forward"]) is WeakMethod:
+        take_from_below(model, "forward")
+        model.__dict__[STATE].original = None
+    else:
+        del model.__dict__["forward"]
+        if before is not None:
+            model.__dict__["forward"] = before
+
+
+def answer(model: Any, state: ModuleState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What TRL's head would answer, by the engine or by TRL's own code."""
+    head = trls_head(model)
+    found = None if head is None else _answer(model, head, args, kwargs)
+    if found is not None:
+        return found
+    with state.settings.head_decided():
+        return call_original(model, args, kwargs)
 
 
 @torch.compiler.disable(reason="fastft's layers are compiled already: compile with fullgraph=False")

@@ -130,6 +130,21 @@ def test_soft_caps_and_scales_of_the_logits(temperature, family, both, batch_of,
     assert_fused(models[1])
 
 
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_any_peft_model_around(task, toy, batch_of, error_of):
+    """Without a task type it is a plain `PeftModel`, which calls the model inside past its tuner."""
+    models = tuple(toy(task_type=task) for _ in range(2))
+    patch_model(models[1], backend="eager")
+    for model in models:
+        add_fused_lm_head(model.get_base_model(), outputs=ALL)
+    compare(models, batch_of("right"), error_of)
+    assert_fused(models[1])
+    # Who calls the model inside by itself finds the same head.
+    inner = tuple(model.get_base_model() for model in models)
+    compare(inner, batch_of("left"), error_of)
+    assert_fused(models[1])
+
+
 def test_shifted_labels_and_a_count_of_items(both, batch_of, error_of):
     models = both()
     batch = batch_of("none")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastft.engine.attach import WeakMethod
-from fastft.engine.trl_head import trls_head
+from fastft.engine.trl_head import take_off
 
 IGNORED = -100
 _NAME = "concatenated_forward"
@@ -41,11 +41,7 @@ def take_out(trainer: Any) -> None:
     if type(trainer.__dict__.get(_NAME)) is not WeakMethod:
         return
     del trainer.__dict__[_NAME]
-    before, model = trainer.__dict__.pop(_BEFORE), _inner(trainer)
-    if trls_head(model) is not None:
-        del model.__dict__["forward"]
-        if before is not None:
-            model.__dict__["forward"] = before
+    take_off(_inner(trainer), trainer.__dict__.pop(_BEFORE))
 
 
 def _inner(trainer: Any) -> Any:
