@@ -18,7 +18,7 @@ LAYERS = (
     ("cli",),
     ("commands", "demo"),  # the demo runs verbs, and is one
     ("doctor", "console"),
-    ("api", "trainer"),
+    ("api", "trainer", "chat_templates"),
     ("training",),
     ("measure",),
     ("engine", "planning"),
