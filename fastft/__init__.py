@@ -13,7 +13,10 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "FastLanguageModel": "fastft.api",
-    "patch_hf_training": "fastft.api",
+    "FastModel": "fastft.api",
+    "PatchDPOTrainer": "fastft.api",
+    "PatchKTOTrainer": "fastft.api",
+    "patch_hf_training": "fastft.hf_training",
     "AdaLoraCallback": "fastft.training.adalora",
     "SFTTrainer": "fastft.trainer",
     "Trainer": "fastft.trainer",
@@ -30,7 +33,10 @@ _PUBLIC = {
 __all__ = [
     "AdaLoraCallback",
     "FastLanguageModel",
+    "FastModel",
     "FastftError",
+    "PatchDPOTrainer",
+    "PatchKTOTrainer",
     "Plan",
     "Record",
     "RunConfig",
@@ -45,11 +51,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fastft.api import FastLanguageModel, patch_hf_training
+    from fastft.api import FastLanguageModel, FastModel, PatchDPOTrainer, PatchKTOTrainer
     from fastft.config import RunConfig
     from fastft.engine.patch import ledger_of, patch_model, unpatch_model
     from fastft.errors import FastftError
     from fastft.hardware import is_bfloat16_supported
+    from fastft.hf_training import patch_hf_training
     from fastft.plan import Plan
     from fastft.record import Record
     from fastft.trainer import SFTTrainer, Trainer

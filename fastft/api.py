@@ -1,7 +1,8 @@
 """The public API: names and arguments that people who fine-tune already know.
 
-`FastLanguageModel` loads a model and adds adapters; `patch_hf_training` speeds up code that was written for stock
-PEFT.  Either way the model stays a Hugging Face model in a `PeftModel`, and any loop or trainer can train it.
+`FastLanguageModel` loads a model and adds adapters; for code that was written for stock PEFT there is
+`fastft.hf_training`.  Either way the model stays a Hugging Face model in a `PeftModel`, and any loop or trainer can
+train it.
 """
 
 import functools
@@ -9,29 +10,28 @@ import logging
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from fastft.backends import load_backend
 from fastft.config import RunConfig
 from fastft.engine import optimizer_step
-from fastft.engine.attach import list_in
-from fastft.engine.patch import base_model, forget_the_gone, patch_model, unpatch_model
+from fastft.engine.patch import patch_model
 from fastft.engine.state import Placed
-from fastft.errors import ConfigError, FastftError, ModelError, unknown_choice
+from fastft.errors import ConfigError, ModelError, unknown_choice
 from fastft.hardware import Device, detect_device
+from fastft.hf_training import backend_name
 from fastft.memory.fitting import fit, room_under, smallest
 from fastft.memory.model import memory_terms
 from fastft.models.loading import DTYPES, QUANTIZATIONS, load_model, load_tokenizer, resolve_model, torch_dtype
-from fastft.models.shapes import ModelShape, shape_of
+from fastft.models.shapes import ModelShape
 from fastft.models.spec import SPECS
+from fastft.notebook_arguments import others
 from fastft.plan import POLICIES, Choices, Plan, Policy, keeps_input_only
 from fastft.plan_store import PlanStore, read_foreign_plan
 from fastft.plans.run_file import record_in_saves, run_facts
-from fastft.plans.shipped import MAY_DIFFER, ShippedPlans, choices_here, launches_hold
+from fastft.plans.shipped import MAY_DIFFER, ShippedPlans, choices_here
 from fastft.plans.verification import Verifications
 from fastft.units import gib
 
@@ -51,6 +51,9 @@ class FastLanguageModel:
         load_in_4bit: bool = True,
         load_in_8bit: bool = False,
         *,
+        load_in_16bit: bool = False,
+        random_state: int | None = None,
+        use_gradient_checkpointing: bool | str = "auto",
         plan: str = "auto",
         memory_cap: str | int | None = None,
         backend: str = "auto",
@@ -64,11 +67,14 @@ class FastLanguageModel:
 
         Args:
             model_name: `tiny`, a local folder, a shipped shape, or a hub name (the hub client downloads it unless
-                `local_files_only`).
+                `local_files_only`); or the folder of a saved adapter, whose base model is then loaded under it.
             max_seq_length: the longest sequence in tokens; what plans are looked up by.
             dtype: of weights and activations; None is bf16 on a GPU that has it, fp32 on a CPU.
             load_in_4bit: NF4 with double quantization, by bitsandbytes.
             load_in_8bit: int8, by bitsandbytes; `load_in_4bit` must then be off.
+            load_in_16bit: neither, whatever `load_in_4bit` says.
+            random_state: has no effect: a loaded model has nothing random; `get_peft_model` has its own.
+            use_gradient_checkpointing: what `get_peft_model` takes where it is not told.
             plan: `auto` follows a cached plan where one fits, else a shipped one for micro-batches up to its own;
                 `none` the default; anything else is a plan file.
             memory_cap: `"7.8GiB"` or bytes: the placement with the least recomputation whose predicted peak is
@@ -81,6 +87,17 @@ class FastLanguageModel:
         Raises:
             FastftError: what cannot be found, read or run here, and how to fix it.
         """
+        folder = Path(model_name)
+        if (folder / "adapter_config.json").is_file():
+            return _with_saved_adapter(
+                folder, max_seq_length=max_seq_length, dtype=dtype, load_in_4bit=load_in_4bit,
+                load_in_8bit=load_in_8bit, load_in_16bit=load_in_16bit, plan=plan,
+                use_gradient_checkpointing=use_gradient_checkpointing,
+                memory_cap=memory_cap, backend=backend, device=device, strict=strict,
+                local_files_only=local_files_only, trust_remote_code=trust_remote_code, **hugging_face,
+            )  # fmt: skip
+        hugging_face = others(hugging_face)
+        load_in_4bit = load_in_4bit and not load_in_16bit
         if load_in_4bit and load_in_8bit:
             raise ConfigError(
                 "load_in_4bit and load_in_8bit exclude each other", got="both", fix="pass load_in_4bit=False"
@@ -117,7 +134,7 @@ class FastLanguageModel:
             trust_remote_code=trust_remote_code,
             **hugging_face,
         )
-        model.__dict__[_REQUEST] = (config, resolved.shape, found)
+        model.__dict__[_REQUEST] = (config, resolved.shape, found, use_gradient_checkpointing)
         return model, tokenizer
 
     @staticmethod
@@ -128,9 +145,10 @@ class FastLanguageModel:
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         bias: str = "none",
-        use_gradient_checkpointing: bool | str = "auto",
-        random_state: int = 3407,
+        use_gradient_checkpointing: bool | str | None = None,
+        random_state: int | None = 3407,
         *,
+        max_seq_length: int | None = None,
         use_rslora: bool = False,
         **lora: Any,
     ) -> Any:
@@ -143,8 +161,10 @@ class FastLanguageModel:
             lora_dropout: on the adapters' input.
             bias: as in `peft.LoraConfig`.
             use_gradient_checkpointing: `auto` (also `"unsloth"`) places it by the plan or the memory there is; True
-                checkpoints every layer, False none; a policy's name is that policy for every layer.
-            random_state: seed of the adapters.
+                checkpoints every layer, False none; a policy's name is that policy for every layer.  None is what
+                `from_pretrained` was told.
+            random_state: seed of the adapters; None draws them from PyTorch's generator as it is.
+            max_seq_length: another than `from_pretrained` was told.
             lora: further arguments of `peft.LoraConfig`.
 
         Raises:
@@ -152,14 +172,24 @@ class FastLanguageModel:
             ConfigError: a value that is not allowed, such as an unknown one of `use_gradient_checkpointing`.
         """
         from peft import LoraConfig as PeftLoraConfig
-        from peft import get_peft_model
+        from peft import PeftModel, get_peft_model
 
+        if isinstance(model, PeftModel):
+            raise ModelError(
+                "the model has adapters already", got=type(model).__name__,
+                fix="train it as it is; from_pretrained opened a saved adapter",
+            )  # fmt: skip
+        lora = others(lora)
         if _REQUEST not in model.__dict__:
             raise ModelError(
                 "get_peft_model needs a model from FastLanguageModel.from_pretrained", got=type(model).__name__,
                 fix="load it there, or use peft.get_peft_model inside fastft.patch_hf_training()",
             )  # fmt: skip
-        config, shape, device = model.__dict__[_REQUEST]
+        config, shape, device, checkpointing = model.__dict__[_REQUEST]
+        if use_gradient_checkpointing is None:
+            use_gradient_checkpointing = checkpointing
+        if max_seq_length is not None:
+            config = config.model_copy(update={"sequence_tokens": max_seq_length})
         targets = target_modules
         if isinstance(target_modules, str):
             if target_modules != "all-linear":
@@ -173,7 +203,8 @@ class FastLanguageModel:
         chosen = {"rank": r, "alpha": lora_alpha, "dropout": lora_dropout, "targets": names}
         config = RunConfig.of({**config.model_dump(), "lora": {**chosen, "rslora": use_rslora}})
         # A quantized model keeps its dtypes: see `fastft.training.session.add_adapters`.
-        torch.manual_seed(random_state)
+        if random_state is not None:
+            torch.manual_seed(random_state)
         adapted = get_peft_model(
             model,
             PeftLoraConfig(
@@ -184,106 +215,63 @@ class FastLanguageModel:
         _put_backend_in(adapted, config, shape, device, use_gradient_checkpointing)
         return adapted.train()
 
+    @staticmethod
+    def for_training(model: Any) -> Any:
+        """The model in training mode."""
+        return model.train()
 
-def patch_hf_training(*, backend: str = "auto", strict: bool = False) -> "HfPatch":
-    """From now on, every `PeftModel` that is created runs on the fast backend.
-
-    One line before code that was written for stock PEFT.  Defaults stay: checkpointing is what the code asks for,
-    dtypes and initialisation are PEFT's.  Of plans for such a model on this device, only the launches of kernels are
-    followed, which change no result but in the order of sums; the rest of a plan is for a batch that is not known here.
-    Models of a family without a layer specification run part by part, and one line for each reason says what stays
-    stock (see `fastft.patch_model`).  Undo it with `.undo()`, or use it as a context manager.
-
-    Args:
-        backend: auto (triton on a GPU, eager elsewhere), triton or eager.
-        strict: what cannot run fused is an error.
-
-    Raises:
-        BackendError: the backend is unknown, or cannot run here.
-    """
-    return HfPatch(backend, strict)
+    @staticmethod
+    def for_inference(model: Any) -> Any:
+        """The model in evaluation mode, in which it is stock's own."""
+        return model.eval()
 
 
-class HfPatch:
-    """What `patch_hf_training` did, and how to undo it."""
+FastModel = FastLanguageModel
+"""The name that newer notebooks have for it."""
 
-    def __init__(self, backend: str, strict: bool) -> None:
-        import peft
-        import transformers
 
-        from fastft.training import methods
+def _needs_no_patch(method: str) -> Callable[[], None]:
+    def patch() -> None:
+        log.info(
+            "TRL's trainer for %s needs no patch of its own: a model from FastLanguageModel runs fused in it", method
+        )
 
-        self._backend = load_backend(_backend_name(backend, detect_device("auto"))).name
-        self._strict = strict
-        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._original: Callable[..., None] | None = peft.PeftModel.__init__
-        original, patch = peft.PeftModel.__init__, self
+    patch.__doc__ = f"What notebooks call before they import TRL's trainer for {method}; there is nothing to do."
+    return patch
 
-        @functools.wraps(original)
-        def init_and_patch(self: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, *args, **kwargs)
-            patch._adopt(self)
 
-        self._replacement = init_and_patch
-        peft.PeftModel.__init__ = init_and_patch  # type: ignore[method-assign]
-        self._adapted: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._trainers = transformers.Trainer.__init__
-        of_trainers = transformers.Trainer.__init__
+PatchDPOTrainer = _needs_no_patch("DPO")
+PatchKTOTrainer = _needs_no_patch("KTO")
 
-        @functools.wraps(of_trainers)
-        def init_and_adapt(self: Any, *args: Any, **kwargs: Any) -> None:
-            of_trainers(self, *args, **kwargs)
-            if methods.put_in(self):
-                patch._adapted.add(self)
 
-        self._of_trainers = init_and_adapt
-        transformers.Trainer.__init__ = init_and_adapt  # type: ignore[method-assign]
+def _with_saved_adapter(folder: Path, **given: Any) -> tuple[Any, Any]:
+    """The model that an adapter was saved for, with the adapter, to train further or to use; and the tokenizer."""
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoTokenizer
 
-    def _adopt(self, model: nn.Module) -> None:
-        try:
-            kernels = _launches_known(model) if self._backend == "triton" else {}
-            patch_model(model, backend=self._backend, strict=self._strict, kernels=kernels)
-        except ModelError as error:
-            if self._strict:
-                raise
-            log.warning("%s stays stock: %s", type(model).__name__, error)
-            return
-        for each in dict.fromkeys((base_model(model), model)):
-            list_in(self._models, each)
-
-    def undo(self) -> None:
-        """Restore PEFT, and every model that was patched through it and still lives, its deep copies too."""
-        import peft
-        import transformers
-
-        from fastft.training import methods
-
-        if self._original is None:
-            return
-        if (peft.PeftModel.__init__, transformers.Trainer.__init__) != (self._replacement, self._of_trainers):
-            raise FastftError("another patch lies over this one", fix="undo the later patch_hf_training() first")
-        peft.PeftModel.__init__ = self._original  # type: ignore[method-assign]
-        transformers.Trainer.__init__ = self._trainers  # type: ignore[method-assign]
-        self._original = None
-        for trainer in list(self._adapted):
-            methods.take_out(trainer)
-        for model in list(self._models):
-            unpatch_model(model)
-        forget_the_gone()
-
-    def __enter__(self) -> "HfPatch":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.undo()
+    saved = PeftConfig.from_pretrained(str(folder))
+    if saved.base_model_name_or_path is None:
+        raise ModelError(
+            "the adapter does not say which model it is for", got=str(folder),
+            fix="put base_model_name_or_path into its adapter_config.json",
+        )  # fmt: skip
+    model, tokenizer = FastLanguageModel.from_pretrained(saved.base_model_name_or_path, **given)
+    config, shape, device, checkpointing = model.__dict__[_REQUEST]
+    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    targets = saved.target_modules or ()
+    chosen = {"rank": saved.r, "alpha": saved.lora_alpha, "dropout": saved.lora_dropout, "rslora": saved.use_rslora}
+    names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+    config = RunConfig.of({**config.model_dump(), "lora": {**chosen, "targets": names}})
+    _put_backend_in(adapted, config, shape, device, checkpointing)
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return adapted.train(), tokenizer
 
 
 def _put_backend_in(
     adapted: Any, config: RunConfig, shape: ModelShape | None, device: Device, checkpointing: bool | str
 ) -> None:
-    backend = _backend_name(config.backend, device)
+    backend = backend_name(config.backend, device)
     if checkpointing not in (True, False, "auto", "unsloth", *POLICIES):
         raise unknown_choice(
             "use_gradient_checkpointing", str(checkpointing), ["auto", "unsloth", "True", "False", *POLICIES]
@@ -324,12 +312,6 @@ def _put_backend_in(
     patch_model(adapted, backend=backend, strict=config.strict, **{**planned, "placement": placement})
 
 
-def _backend_name(wanted: str, device: Device) -> str:
-    from fastft.defaults import resolve_backend
-
-    return resolve_backend(RunConfig.load(backend=wanted), device)
-
-
 _CALLERS_OWN = {"global_batch", "optimizer", "packing"}
 """Fields of a plan's key that whoever calls chooses later, in a loop or trainer of their own."""
 
@@ -361,25 +343,6 @@ def _find_plan(config: RunConfig, shape: ModelShape, device: Device) -> Plan | N
             if verification is None or verification.verdict == "verified":
                 return plan.model_copy(update={"choices": choices_here(plan, key)})
     return None
-
-
-def _launches_known(model: Any) -> dict[str, list[int]]:
-    """The launches in plans for models of these sizes and this rank; a bucket says itself for which tensors it is."""
-    from fastft.planning import plan_key
-
-    base = model.get_base_model()
-    try:
-        shape = shape_of(base.config)
-    except (ModelError, AttributeError):
-        return {}
-    key = plan_key(RunConfig(), shape, detect_device("auto"))
-    ranks = {getattr(config, "r", None) for config in model.peft_config.values()}
-    launches: dict[str, list[int]] = {}
-    for plan in [*PlanStore().entries(), *ShippedPlans().entries()]:
-        same = plan.key.model_shape == key.model_shape and plan.key.lora_rank in ranks
-        if same and launches_hold(plan.key, key):
-            launches = {**plan.choices.kernels, **launches}
-    return launches
 
 
 def _up_to_its_own_batch(plan: Plan, automatic: "_AutoPlacement", batch: int, tokens: int) -> Placed:

@@ -18,7 +18,8 @@ LAYERS = (
     ("cli",),
     ("commands", "demo"),  # the demo runs verbs, and is one
     ("doctor", "console"),
-    ("api", "trainer", "chat_templates"),
+    ("api",),
+    ("hf_training", "trainer", "chat_templates"),
     ("training",),
     ("measure",),
     ("engine", "planning"),
@@ -27,7 +28,7 @@ LAYERS = (
     ("backends", "adapters", "memory", "plan_store"),
     ("models",),
     ("kernels", "data"),
-    ("config",),
+    ("config", "notebook_arguments"),
     ("plan", "record", "hardware", "siblings", "processes", "cache"),
     ("files",),
     ("errors", "units"),

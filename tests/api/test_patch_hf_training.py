@@ -22,7 +22,7 @@ from fastft.plan_store import PlanStore
 def test_launches_of_plans_for_the_same_widths_are_followed_and_nothing_else(monkeypatch):
     launch = list(other_launch())
     PlanStore().save(make_plan(kernels={BUCKET: launch}))
-    monkeypatch.setattr("fastft.api._backend_name", lambda *_: "triton")
+    monkeypatch.setattr("fastft.hf_training.backend_name", lambda *_: "triton")
     with patch_hf_training(backend="triton"):
         model = stock_model()
         assert add_launch(model) == tuple(launch)
