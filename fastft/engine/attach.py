@@ -143,6 +143,12 @@ def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], **more:
     module.__dict__.update(more)
 
 
+def stands_below(module: nn.Module, name: str) -> bool:
+    """Whether somebody put something over an attached method."""
+    attached = module.__dict__.get(_METHODS, {})
+    return name in attached and not _is_of(module.__dict__.get(name), attached[name].function)
+
+
 def lay_over(module: nn.Module, name: str) -> Any:
     """Put an attached method on top again of what somebody put over it since, which counts as what stood there before,
     and return that."""

@@ -69,7 +69,7 @@ class Stacked(NamedTuple):
 def backbone_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The decoder of a patched model, called by itself or by a head that is not the engine's."""
     state: ModuleState | None = self.__dict__.get(STATE)
-    if state is None or not torch.is_grad_enabled() or state.settings.why_stock is not None:
+    if state is None or state.settings.is_off:
         return call_original(self, args, kwargs)
     return _backbone(self, state, args, kwargs)
 

@@ -46,7 +46,7 @@ def layer_forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kw
         return call_original(self, (hidden_states, *args), kwargs)
     # Where nothing is differentiated all is stock's, but for dropout: a reentrant checkpoint runs its first forward so,
     # and the second has to draw the same mask.
-    if not torch.is_grad_enabled() and not (self.training and settings.reading.may_drop):
+    if settings.is_off and not (self.training and settings.reading.may_drop):
         return call_original(self, (hidden_states, *args), kwargs)
     parts, reason = None, state.replaced or why_not_differentiated()
     if reason is None:

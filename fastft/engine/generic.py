@@ -118,7 +118,7 @@ def _norm(module: nn.Module, name: str, settings: EngineSettings) -> Part:
 def rms_norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """An RMSNorm of any family: its input (… × D) to the same shape and dtype."""
     state: ModuleState | None = self.__dict__.get(STATE)
-    if state is None or not torch.is_grad_enabled() or state.settings.why_stock is not None:
+    if state is None or state.settings.is_off:
         return call_original(self, args, kwargs)
     assert isinstance(state, NormState)
     settings = state.settings

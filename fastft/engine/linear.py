@@ -127,9 +127,7 @@ def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) 
     state: ModuleState | None = self.__dict__.get(STATE)
     # In inference, quantized layers have kernels of their own for single tokens.  Where nothing is differentiated all
     # is stock's, but for dropout: a reentrant checkpoint runs its first forward so, and the second draws the same mask.
-    gradients = torch.is_grad_enabled()
-    off = state is None or state.settings.why_stock is not None
-    if off or (not gradients and not _drops(self)):
+    if state is None or state.settings.why_stock is not None or (state.settings.is_off and not _drops(self)):
         return call_original(self, (x, *args), kwargs)
     assert isinstance(state, LinearState)
     ledger, ops = state.settings.ledger, state.settings.ops
@@ -137,7 +135,7 @@ def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) 
     if reason is None:
         reason, linear = state.reading.of(self)
     reason = reason or _why_not_now(linear, x, args, kwargs)
-    if reason is not None and gradients:
+    if reason is not None and torch.is_grad_enabled():
         ledger.stock(state.name, "linear", reason)
     if reason is not None or linear is None or linear.a is None:
         # Without an adapter there is nothing to gain.

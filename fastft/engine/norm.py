@@ -46,7 +46,7 @@ class FrozenNorm(torch.autograd.Function):
 def norm_forward(self: nn.Module, hidden_states: torch.Tensor) -> Any:
     """The final norm (… × D)."""
     state: ModuleState | None = self.__dict__.get(STATE)
-    if state is None or not torch.is_grad_enabled() or state.settings.why_stock is not None:
+    if state is None or state.settings.is_off:
         return call_original(self, (hidden_states,), {})
     settings = state.settings
     reason = state.replaced or why_not_differentiated() or why_no_norm(self, settings.spec)

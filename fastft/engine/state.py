@@ -92,6 +92,8 @@ class EngineSettings:
     """Whether the input embedding stays in host memory."""
     why_stock: str | None = None
     """Why nothing of the model may run fused at the moment: every replaced `forward` goes to the original."""
+    without_gradients: bool = False
+    """Whether what is called without gradients runs fused, too, at the moment."""
     inputs_differ: bool | None = None
     """Whether stock's loop hands other inputs to its layers than the engine gathers; None until it was asked."""
     captured: Any = None
@@ -139,18 +141,18 @@ class EngineSettings:
 
     @contextmanager
     def reading_for(self, adapters: tuple[Any, ...]) -> Iterator[None]:
-        """Within it, the layers are read for themselves under these active adapters, so that a policy and its
-        reference do not make each other be read anew."""
+        """Within it, the layers are read for themselves under these active adapters, so that a policy and its reference
+        do not make each other be read anew; and what runs fused does so without gradients as well."""
         read = self._read()
-        before = read.layers
+        before, without = read.layers, self.without_gradients
         if adapters not in read.by_adapters:
             taken = before in read.by_adapters.values() or not adapters
             read.by_adapters[adapters] = ModelReading(before.resident) if taken else before
-        read.layers = read.by_adapters[adapters]
+        read.layers, self.without_gradients = read.by_adapters[adapters], True
         try:
             yield
         finally:
-            read.layers = before
+            read.layers, self.without_gradients = before, without
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -163,6 +165,11 @@ class EngineSettings:
             if self.depth == 0:
                 self.reading.is_fresh = False
                 self.ledger.tell()
+
+    @property
+    def is_off(self) -> bool:
+        """Whether everything goes to the original now."""
+        return self.why_stock is not None or not (self.without_gradients or torch.is_grad_enabled())
 
     @contextmanager
     def head_decided(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from torch import nn
 
 from fastft.adapters.lora import has_hooks
 from fastft.engine import inputs
-from fastft.engine.attach import STATE, WeakMethod, attach, is_ours, lay_over, take_from_below
+from fastft.engine.attach import STATE, WeakMethod, attach, is_ours, lay_over, stands_below, take_from_below
 from fastft.engine.backbone import HEAD, Stacked, backbone_forward, run_straight
 from fastft.engine.log_probs import linear_log_probs
 from fastft.engine.loss import IGNORED, Targets
@@ -102,9 +102,8 @@ def get_base_model(self: Any) -> Any:
 
 def _come_first(model: nn.Module) -> None:
     """Put the engine's `forward` over the one that TRL put over it."""
-    state = model.__dict__.get(STATE)
-    if state is not None and type(model.__dict__.get("forward")) is not WeakMethod and trls_head(model) is not None:
-        state.original = lay_over(model, "forward")
+    if stands_below(model, "forward") and trls_head(model) is not None:
+        model.__dict__[STATE].original = lay_over(model, "forward")
 
 
 def take_off(model: nn.Module, before: Any) -> None:
@@ -180,7 +179,7 @@ def _scored(
     found = linear_log_probs(
         hidden_BSD.flatten(0, 1).to(dtype),
         weight_VD.to(dtype),
-        targets_BS.flatten(),
+        targets_BS.flatten().clamp(min=0),  # as TRL's own does; those that are ignored are no rows
         rows_N,
         settings.ops,
         chunk_tokens=settings.loss_chunk_tokens,

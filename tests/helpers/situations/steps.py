@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
+from trl.trainer.utils import add_fused_lm_head
 
 _CACHES = ("cache", "past_key_values")
+_OF_TRLS_HEAD = ("log_probs", "entropy", "mean_logits", "log_sum_sq_probs")
+"""Without `is_top1`, which a rounding decides where two tokens are about as likely."""
 
 Values = dict[str, Any]
 """What was looked at, by name."""
@@ -62,7 +65,7 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def _attributes(out: Any) -> Any:
     if isinstance(out, tuple):
         return out
-    names = ("loss", "logits", "past_key_values", "cache", "hidden_states", "attentions")
+    names = ("loss", "logits", "past_key_values", "cache", "hidden_states", "attentions", *_OF_TRLS_HEAD)
     return {"keys": list(out.keys()), **{name: getattr(out, name, None) for name in names}}
 
 
@@ -201,12 +204,16 @@ BACKWARDS: dict[str, Callable[[Tensor, list[nn.Parameter]], Values]] = {
     "all checkpointed": _once,
     "functional_call": _once,
     "saved on the host": _once,
+    "TRL's head": _once,
+    "TRL's head, and a reference": _once,
 }
 """How it is differentiated; the last ones call the model otherwise (see `call_model`)."""
 
 
 def call_model(net: Any, how: str, args: list[Any], named: Values) -> tuple[Any, Any]:
     """The output, and that of a first call whose loss counts too, if there was one."""
+    if how.startswith("TRL's head") and named.get("labels") is not None:
+        return _by_trls_head(net, args, named, reference="reference" in how), None
     if how == "one forward thrown away":
         net(*args, **named)
     if how == "two forwards":
@@ -224,6 +231,20 @@ def call_model(net: Any, how: str, args: list[Any], named: Values) -> tuple[Any,
         with torch.autograd.graph.save_on_cpu():
             return net(*args, **named), None
     return net(*args, **named), None
+
+
+def _by_trls_head(net: Any, args: list[Any], named: Values, *, reference: bool) -> Any:
+    """What TRL's head gives; less that of the model without its adapters, as preference losses have it."""
+    causal = net.get_base_model() if hasattr(net, "get_base_model") else net
+    if "has_trls_head" not in causal.__dict__:
+        add_fused_lm_head(causal, temperature=0.9, outputs=_OF_TRLS_HEAD)
+        causal.__dict__["has_trls_head"] = True
+    out = net(*args, **named, fused_lm_head=True)
+    if reference and hasattr(net, "disable_adapter"):
+        with torch.no_grad(), net.disable_adapter():
+            of_reference = net(*args, **named, fused_lm_head=True)
+        out.log_probs = out.log_probs - of_reference.log_probs
+    return out
 
 
 def _sgd(parameters: list[nn.Parameter]) -> None:
