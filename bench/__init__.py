@@ -23,6 +23,7 @@ and, to judge the tuner, the measures against memory, the real loop and the peer
     loop.py         `fastft train` against a plain loop
     peers.py        Unsloth, stock PEFT and fastft on the same work
     peer_loop.py    the plain loop of one of them, run by its own interpreter
+    trl_run.py      one of TRL's trainers on random work, stock or fastft, as one line (a command of its own)
     flags.py        the command line's flags
     tables.py       what it prints
     __main__.py     the command line of these

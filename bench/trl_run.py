@@ -1,0 +1,225 @@
+"""One of TRL's trainers on random work, stock or with fastft's one line, and how long its steps take: one JSON line.
+
+    python -m bench.trl_run --model qwen2-1.5b --method dpo --arm stock --batch 2 --tokens 1024
+    python -m bench.trl_run --model qwen2-1.5b --method dpo --arm fastft --batch 2 --tokens 1024
+
+The trainer has TRL's own defaults but for what is asked here; the weights are random, or a model's own, and both arms
+see the same rows in the same order.  For GRPO and RLOO the time of generation and rewards is not counted.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any
+
+METHODS = ("sft", "sft-packed", "dpo", "orpo", "kto", "reward", "grpo", "rloo")
+_KINDS = {"sft-packed": "SFT", "kto": "KTO", "reward": "Reward"}
+_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what the flags ask for and print the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a shipped shape, a folder, or tiny")
+    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--arm", choices=("stock", "fastft"), required=True)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--quantization", choices=("none", "nf4"), default="none", help="nf4 is prepared by PEFT")
+    parser.add_argument("--checkpointing", choices=("on", "off"), default="on")
+    parser.add_argument("--batch", type=int, default=4, help="rows, or pairs, a step")
+    parser.add_argument("--tokens", type=int, default=2048, help="of a row, or of one answer with its prompt")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--warmup", type=int, default=4, help="steps that are not counted")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    print(json.dumps(run(parser.parse_args(arguments))), flush=True)
+
+
+def run(asked: argparse.Namespace) -> dict[str, Any]:
+    """Train, and tell: milliseconds a step (median), peak memory, first and last losses, the ledger's counts."""
+    import torch
+
+    from fastft.hardware import detect_device
+
+    device = detect_device(asked.device)
+    on_gpu = device.kind == "cuda"
+    with _line(asked.arm):
+        trainer, ledger = _trainer(asked, on_gpu)
+        times, aside = _timed(trainer, on_gpu)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+        counts = ledger(trainer.model)
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    counted = [step - other for step, other in zip(times, aside, strict=True)][asked.warmup :]
+    return {
+        **vars(asked),
+        "device_name": device.name,
+        "milliseconds": round(1e3 * statistics.median(counted), 2),
+        "steps_counted": len(counted),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
+        "first_losses": losses[:3],
+        "last_losses": losses[-2:],
+        "ledger": counts,
+    }
+
+
+@contextlib.contextmanager
+def _line(arm: str) -> Iterator[None]:
+    if arm == "stock":
+        yield
+        return
+    from fastft import patch_hf_training
+
+    with patch_hf_training():
+        yield
+
+
+def _trainer(asked: argparse.Namespace, on_gpu: bool) -> tuple[Any, Any]:
+    import torch
+    import transformers
+    import trl
+    import trl.experimental.orpo
+    from datasets import Dataset
+    from peft import LoraConfig, prepare_model_for_kbit_training
+
+    from fastft import ledger_of
+
+    method = asked.method.partition("-")[0]
+    kind = _KINDS.get(asked.method, method.upper())
+    home = trl.experimental.orpo if method == "orpo" else trl
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(files("fastft.models") / "tiny"))
+    model = _model(asked, on_gpu, method)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if asked.quantization != "none":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    more: dict[str, Any] = {}
+    if method == "sft":
+        more = {"max_length": asked.tokens, "packing": asked.method == "sft-packed"}
+    elif method in ("grpo", "rloo"):
+        more = {"max_completion_length": asked.tokens // 2, "num_generations": asked.batch}
+    else:
+        # Tokenized again, a text is a few tokens longer, and rows that are too long for a reward are left out.
+        more = {"max_length": asked.tokens * (2 if method == "reward" else 1)}
+    arguments = getattr(home, f"{kind}Config")(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=asked.batch, max_steps=asked.steps, logging_steps=1,
+        learning_rate=2e-4, report_to=[], save_strategy="no", seed=1, lr_scheduler_type="constant", disable_tqdm=True,
+        gradient_checkpointing=asked.checkpointing == "on", use_cpu=not on_gpu, bf16=on_gpu, **more,
+    )  # fmt: skip
+    given = {"reward_funcs": _length_of} if method in ("grpo", "rloo") else {}
+    torch.manual_seed(0)
+    trainer = getattr(home, f"{kind}Trainer")(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(_rows(asked, method, tokenizer)),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=asked.rank, lora_alpha=asked.rank, lora_dropout=asked.dropout, target_modules=_LINEARS,
+            task_type="SEQ_CLS" if method == "reward" else "CAUSAL_LM",
+        ),
+        **given,
+    )  # fmt: skip
+
+    def counts(trained: Any) -> dict[str, int] | None:
+        ledger = ledger_of(trained)
+        return None if ledger is None else ledger.counts()
+
+    return trainer, counts
+
+
+def _model(asked: argparse.Namespace, on_gpu: bool, method: str) -> Any:
+    import torch
+    import transformers
+
+    from fastft.models.loading import load_model, resolve_model
+
+    resolved = resolve_model(asked.model, offline=True)
+    dtype = getattr(torch, asked.dtype)
+    device = "cuda" if on_gpu else "cpu"
+    if method != "reward":
+        quantization = asked.quantization
+        return load_model(resolved, dtype=dtype, device=device, quantization=quantization, offline=True)
+    config = resolved.config
+    config.num_labels = 1
+    torch.manual_seed(1)
+    with torch.device(device):
+        return transformers.AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+
+
+def _rows(asked: argparse.Namespace, method: str, tokenizer: Any) -> list[dict[str, Any]]:
+    """Random rows: token ids for SFT, else texts of about so many tokens."""
+    drawn = random.Random(1)
+    count = asked.batch * asked.steps
+    if method == "sft":
+        return [{"input_ids": [drawn.randrange(5, 500) for _ in range(asked.tokens)]} for _ in range(count)]
+
+    def text(tokens: int) -> str:
+        letters = "".join(drawn.choice("abcdefghijklmnopqrstuvwxyz ") for _ in range(2 * tokens))
+        return tokenizer.decode(tokenizer.encode(letters, add_special_tokens=False)[:tokens])
+
+    prompt, answer = asked.tokens // 4, asked.tokens - asked.tokens // 4
+    rows = []
+    for number in range(count):
+        row: dict[str, Any] = {"prompt": text(prompt)}
+        if method in ("dpo", "orpo"):
+            row |= {"chosen": text(answer), "rejected": text(answer)}
+        elif method == "kto":
+            row |= {"completion": text(answer), "label": bool(number % 2)}
+        elif method == "reward":
+            row = {"chosen": row["prompt"] + text(answer), "rejected": row["prompt"] + text(answer)}
+        rows.append(row)
+    return rows
+
+
+def _length_of(completions: list[Any], **_: Any) -> list[float]:
+    return [float(len(str(completion)) % 17) for completion in completions]
+
+
+def _timed(trainer: Any, on_gpu: bool) -> tuple[list[float], list[float]]:
+    """Fills with the seconds of each step, and of what of it is generation."""
+    import torch
+    from transformers import TrainerCallback
+
+    times: list[float] = []
+    aside: list[float] = []
+
+    def now() -> float:
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.began = now()
+            aside.append(0.0)
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times.append(now() - self.began)
+
+    trainer.add_callback(Clock())
+    name = "_generate_and_score_completions"
+    generate = getattr(trainer, name, None)
+    if generate is not None:
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = now()
+            made = generate(*args, **kwargs)
+            if aside:
+                aside[-1] += now() - began
+            return made
+
+        setattr(trainer, name, timed)
+    return times, aside
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

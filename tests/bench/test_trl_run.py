@@ -1,0 +1,26 @@
+"""TRL's trainers, timed: both arms do the same work."""
+
+import json
+
+import pytest
+
+from bench.trl_run import METHODS, main
+
+SMALL = ["--model", "tiny", "--batch", "2", "--tokens", "24", "--steps", "3", "--warmup", "1", "--device", "cpu"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *more: str) -> dict:
+    capsys.readouterr()
+    main([*SMALL, *more])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_both_arms_train_on_the_same_rows(method, capsys):
+    stock, fast = (run(capsys, "--method", method, "--arm", arm) for arm in ("stock", "fastft"))
+    assert fast["first_losses"] == pytest.approx(stock["first_losses"], rel=1e-3, abs=1e-4)
+    assert stock["ledger"] is None
+    assert all("stock" not in path for path in fast["ledger"])
+    for result in (stock, fast):
+        assert result["steps_counted"] == 2
+        assert result["milliseconds"] > 0
