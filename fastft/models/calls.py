@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from operator import is_
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, GenericAlias, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -176,6 +176,8 @@ class _Walk:
 
     def _value(self, holder: Any, name: str, value: Any, called_on: Any) -> None:
         """What stands under a name.  Numbers and None are only compared: another time a function may stand there."""
+        if isinstance(value, GenericAlias):  # a type of Python's own, for who checks types
+            return
         if isinstance(value, type):  # of outputs, of caches, of a dtype's limits
             if _package(value.__module__) not in (*_LIBRARIES, *sys.stdlib_module_names):
                 self._replaced(holder, name)
@@ -196,13 +198,26 @@ class _Walk:
 
 
 def _is_own(function: Any, name: str) -> bool:
-    """Whether what stands under a name is the libraries' function, Python's or C's."""
+    """Whether what stands under a name is the libraries' function of that name, Python's or C's."""
     if isinstance(function, FunctionType | functools._lru_cache_wrapper):
-        return is_library(function) or _package(function.__module__) in sys.stdlib_module_names
+        inner = _below(function)
+        if inner is None:
+            return _package(function.__module__) in sys.stdlib_module_names
+        return _plain(inner.__name__) == _plain(name)
     kind = type(function).__module__
-    if kind == "builtins":  # a function of C
-        return str(getattr(function, "__name__", "")).lstrip("_") == name.lstrip("_")
-    return _package(kind) in _LIBRARIES
+    if kind == "builtins":  # a function of C; `torch.fft.ifft2` calls itself fft_ifft2
+        own, wanted = _plain(str(getattr(function, "__name__", ""))), _plain(name)
+        return own == wanted or own in (f"{module}{wanted}" for module in _OF_C_BY_MODULE)
+    return _package(kind) in _LIBRARIES or kind == "typing"
+
+
+_OF_C_BY_MODULE = ("fft", "linalg", "special", "sparse")
+"""Modules of PyTorch whose name is part of their functions'."""
+
+
+def _plain(name: str) -> str:
+    """A name without underscores: `F.threshold` is called _threshold, and `F.logsigmoid` log_sigmoid."""
+    return name.replace("_", "")
 
 
 _NOWHERE = object()

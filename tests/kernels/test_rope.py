@@ -120,3 +120,14 @@ def test_inverse_undoes_and_lengths_stay(T, H, half, S):
     reference.rope_(x_THd, cos_Sd, sin_Sd)
     assert_close(x_THd.norm(dim=-1), before_THd.norm(dim=-1))
     assert_close(reference.rope_(x_THd, cos_Sd, sin_Sd, inverse=True), before_THd, atol=1e-5, rtol=1e-5)
+
+
+def test_the_reference_has_the_bits_of_transformers(device):
+    """In fp32, so that a model whose adapters are off gives the logits that it gave before it was adapted."""
+    x_THd = torch.randn(37, 3, 16, device=device)
+    angles_Sd = torch.randn(37, 8, device=device).repeat(1, 2)
+    cos_Sd, sin_Sd = angles_Sd.cos(), angles_Sd.sin()
+    expected = apply_rotary_pos_emb(
+        x_THd.transpose(0, 1)[None], x_THd.transpose(0, 1)[None], cos_Sd[None], sin_Sd[None]
+    )
+    assert torch.equal(reference.rope_(x_THd.clone(), cos_Sd, sin_Sd), expected[0][0].transpose(0, 1))

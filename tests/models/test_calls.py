@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama import modeling_llama
 
+from fastft.models import calls
 from fastft.models.calls import calls_of, calls_of_function
 from fastft.models.identity import why_other_loss
 
@@ -23,7 +24,7 @@ class _Half:
         return torch.zeros(())
 
 
-@pytest.mark.parametrize("other", [_half, _Half])
+@pytest.mark.parametrize("other", [_half, _Half, F.relu, torch.relu])
 @pytest.mark.parametrize(
     ("owner", "name"), [(F, "cross_entropy"), (loss_utils, "fixed_cross_entropy"), (F, "pad"), (Tensor, "view")]
 )
@@ -57,6 +58,24 @@ def test_a_method_that_was_gone_is_looked_up_again(meanwhile, monkeypatch):
     assert not without.hold()
     monkeypatch.setattr(Tensor, "view", _half)
     assert why_other_loss() == "Tensor.view was replaced"
+
+
+@pytest.mark.parametrize(
+    "function", [torch.fft.ifft2, torch.linalg.qr, torch.sparse.mm, F.logsigmoid, F.silu, F.softmax, torch.mm]
+)
+def test_functions_are_known_by_their_names(function):
+    """Some call themselves after the module that they are in, and another one of the libraries' own is none the less
+    another one."""
+    others = {"fft_ifft2": "ifft2", "linalg_qr": "qr", "_sparse_mm": "mm", "log_sigmoid": "logsigmoid"}
+    name = others.get(function.__name__, function.__name__)
+    assert calls._is_own(function, name)
+    assert not calls._is_own(function, "relu")
+    assert not calls._is_own(torch.relu, name)
+
+
+def test_a_type_of_python_is_no_replacement(monkeypatch):
+    monkeypatch.setattr(loss_utils, "fixed_cross_entropy", dict[str, Tensor])
+    assert calls_of_function(loss_utils.ForCausalLMLoss).reason is None
 
 
 def test_another_class_of_outputs_is_a_reason(monkeypatch):

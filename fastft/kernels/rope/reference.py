@@ -43,8 +43,9 @@ def rope_(x_THd: Tensor, cos_Sr: Tensor, sin_Sr: Tensor, *, inverse: bool = Fals
     cos_T1h, sin_T1h = _rows_for(cos_Sr, T, half), _rows_for(sin_Sr, T, half)
     sign = -1 if inverse else 1
     first_THh, second_THh = x_THd[..., :half], x_THd[..., half : 2 * half]
-    rotated_THh = torch.mul(first_THh, cos_T1h).addcmul_(second_THh, sin_T1h, value=-sign)
-    second_rotated_THh = torch.mul(second_THh, cos_T1h).addcmul_(first_THh, sin_T1h, value=sign)
+    # Each product is rounded by itself, as transformers' are: fused to one operation, the sum would have other bits.
+    rotated_THh = torch.mul(first_THh, cos_T1h).sub_(torch.mul(second_THh, sin_T1h), alpha=sign)
+    second_rotated_THh = torch.mul(second_THh, cos_T1h).add_(torch.mul(first_THh, sin_T1h), alpha=sign)
     first_THh.copy_(rotated_THh)
     second_THh.copy_(second_rotated_THh)
     return x_THd
