@@ -85,7 +85,8 @@ class Watch:
         self._scalings = [dict(state["scaling"]) for state in self._adapted]
         self._flags = list(map(_copied, self._now_adapted()))
         self._trained = list(map(_requires_grad, self._frozen))
-        # Members are compared as objects, but for tensors of one element, which may be equal though they are others.
+        # Dictionaries compare members as objects, but for tensors of one element, which may be equal though they are
+        # others: AdaLoRA has such.
         self._single = any(p.numel() == 1 for p in self._frozen)
         computing = [m for m in called if not isinstance(m, (*_WITHOUT_CONSTANTS, LoraLayer))]
         holders = [(vars(m), kinds[type(m)].mentioned - _OF_EVERY_MODULE) for m in computing]
@@ -122,9 +123,8 @@ class Watch:
     def _computes_alike(self) -> bool:
         try:
             return (
-                not self._single
-                and self._types == list(map(type, self._modules))
-                and self._members == self._now_members()
+                self._types == list(map(type, self._modules))
+                and self._has_its_members()
                 and self._flags == self._now_adapted()
                 and self._trained == list(map(_requires_grad, self._frozen))
                 and self._reached.hold()
@@ -192,6 +192,13 @@ class Watch:
     def _now_members(self) -> list[dict[str, Any]]:
         """The modules and parameters that each of them holds."""
         return [*map(_modules_of, self._parents), *map(_parameters_of, self._owners)]
+
+    def _has_its_members(self) -> bool:
+        """Whether the modules hold the same modules and parameters."""
+        if not self._single:
+            return self._members == self._now_members()
+        pairs = zip(self._members, self._now_members(), strict=True)
+        return all(one.keys() == now.keys() and all(map(is_, one.values(), now.values())) for one, now in pairs)
 
     def _now_adapted(self) -> list[Any]:
         """The adapters' switches and scalings."""

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from fastft import AdaLoraCallback, ledger_of, patch_hf_training
+from fastft.engine.state import state_of
 from fastft.errors import ConfigError
 
 TINY = str(files("fastft.models") / "tiny")
@@ -55,6 +56,8 @@ def test_ranks_and_losses_are_those_of_stock_peft(tmp_path):
             if fast:
                 # The model's loss has AdaLoRA's penalty in it, by PEFT's own code.
                 assert ledger_of(trainer.model).paths["lm_head"].path == "fused (eager)"
+                reading = state_of(trainer.model.get_base_model()).settings.reading
+                assert reading.count <= 3, "a step makes nothing be read anew"
     (stock, losses), (fast_ranks, fast_losses) = results
     assert fast_ranks == stock
     assert fast_losses == pytest.approx(losses, rel=1e-5)
