@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastft.data.encoding import IGNORE_INDEX
 from fastft.errors import ConfigError, DataError, unknown_choice
 
-IGNORE_INDEX = -100
 _ALIASES = {
     "human": "user", "user": "user", "input": "user", "gpt": "assistant", "assistant": "assistant",
     "output": "assistant", "model": "assistant", "chatgpt": "assistant", "system": "system",

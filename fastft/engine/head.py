@@ -23,7 +23,7 @@ from fastft.engine.state import (
     why_not_differentiated,
 )
 from fastft.engine.support import NO_LABELS, why_no_divisor, why_no_head, why_no_loss, why_other_head, why_sharded
-from fastft.engine.trl_head import answer, trls_head
+from fastft.engine.trl_head import answer, why_replaced
 from fastft.kernels.cross_entropy import LogitTransform
 from fastft.models.identity import why_other_class
 from fastft.models.kv_cache import KV_CACHE
@@ -57,10 +57,8 @@ def _causal_lm(self: nn.Module, state: ModuleState, args: tuple[Any, ...], kwarg
             settings.ledger.whole(reason)
             with settings.stock_only(reason):
                 return call_original(self, args, kwargs)
-        # What TRL's own head is not asked by its keyword, it hands on as it is.
-        handed_on = state.replaced is not None and trls_head(self) is not None
         given = inputs.bind(self, args, kwargs)
-        reason = (None if handed_on else state.replaced) or _why_not_together(self, settings.spec, given)
+        reason = why_replaced(self, state) or _why_not_together(self, settings.spec, given)
         if reason is None:
             return _together(self, settings, given)
         with settings.head_decided():

@@ -25,7 +25,7 @@ from fastft.engine.loss import IGNORED, linear_cross_entropy, shifted_targets
 from fastft.engine.precision import compute_dtype
 from fastft.engine.state import EngineSettings, ModuleState, call_original, why_not_differentiated
 from fastft.engine.support import NO_LABELS, why_no_divisor, why_no_head, why_no_loss, why_sharded
-from fastft.engine.trl_head import answer, trls_head
+from fastft.engine.trl_head import answer, why_replaced
 
 
 @functools.cache
@@ -56,8 +56,7 @@ def _deferring(self: nn.Module, state: ModuleState, args: tuple[Any, ...], kwarg
         if _labels(self, args, kwargs) is None:
             settings.ledger.expected(state.name, "head_and_loss", NO_LABELS)
             return call_original(self, args, kwargs)
-        handed_on = state.replaced is not None and trls_head(self) is not None
-        reason = (None if handed_on else state.replaced) or why_not_together(self)
+        reason = why_replaced(self, state) or why_not_together(self)
         if reason is not None:
             settings.ledger.stock(state.name, "head_and_loss", reason)
             return call_original(self, args, kwargs)

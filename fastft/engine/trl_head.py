@@ -106,6 +106,11 @@ def _come_first(model: nn.Module) -> None:
         model.__dict__[STATE].original = lay_over(model, "forward")
 
 
+def why_replaced(model: nn.Module, state: ModuleState) -> str | None:
+    """`state.replaced`, but for TRL's head: what that is not asked by its keyword, it hands on as it is."""
+    return None if state.replaced is None or trls_head(model) is not None else state.replaced
+
+
 def take_off(model: nn.Module, before: Any) -> None:
     """Remove the head that TRL added to `model`, where it did; `before` is what its `forward` was."""
     if trls_head(model) is None:

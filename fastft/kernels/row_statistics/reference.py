@@ -27,16 +27,23 @@ def row_statistics(
         transform: what comes between the head and the softmax.
     """
     N, V = logits_NV.shape
-    found: dict[str, Tensor] = {
-        name: torch.empty((N,), dtype=torch.bool if name == "is_top1" else torch.float32, device=logits_NV.device)
-        for name in names
-    }
+    found = places_for(names, logits_NV)
     rows = max(1, BLOCK_ELEMENTS.get(logits_NV.device.type, 2**26) // V)
     for start in range(0, N, rows):
         part = slice(start, start + rows)
         for name, value_n in _block(logits_NV[part], targets_N[part].unsqueeze(1), names, transform).items():
             found[name][part] = value_n
     return RowStatistics(*(found.get(name) for name in NAMES))
+
+
+def places_for(names: Collection[str], logits_NV: Tensor) -> dict[str, Tensor]:
+    """Where each statistic of the rows goes."""
+    return {
+        name: torch.empty(
+            (len(logits_NV),), dtype=torch.bool if name == "is_top1" else torch.float32, device=logits_NV.device
+        )
+        for name in names
+    }
 
 
 def _block(

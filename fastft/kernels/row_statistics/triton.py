@@ -8,7 +8,6 @@ running maximum, to which its sums refer.
 
 from collections.abc import Collection
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -90,10 +89,7 @@ def row_statistics(
     if transform.multiplier <= 0:  # then the largest logit is not the likeliest
         return reference.row_statistics(logits_NV, targets_N, names, transform)
     N, V = logits_NV.shape
-    places = {
-        name: torch.empty((N,), dtype=torch.bool if name == "is_top1" else torch.float32, device=logits_NV.device)
-        for name in names
-    }
+    places = reference.places_for(names, logits_NV)
     found = RowStatistics(*(places.get(name) for name in NAMES))
     if N and places:
         block = min(_BLOCK_V, next_power_of_2(V))

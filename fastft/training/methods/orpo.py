@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from fastft.engine.attach import WeakMethod
+from fastft.engine.loss import IGNORED
+from fastft.engine.patch import base_model
 from fastft.engine.trl_head import take_off
 
-IGNORED = -100
 _NAME = "concatenated_forward"
 _BEFORE = "_fastft_forward_before"
 """Where a trainer keeps what its model's `forward` was."""
@@ -29,7 +30,7 @@ def put_in(trainer: Any) -> bool:
     its_own = type(trainer).concatenated_forward is not ORPOTrainer.concatenated_forward
     if its_own or _NAME in trainer.__dict__ or trainer.is_encoder_decoder or trainer.aux_loss_enabled:
         return False
-    model = _inner(trainer)
+    model = base_model(trainer.model)
     trainer.__dict__[_BEFORE] = model.__dict__.get("forward")
     add_fused_lm_head(model, outputs=_STATISTICS)
     trainer.__dict__[_NAME] = WeakMethod(concatenated_forward, trainer, _NAME)
@@ -41,13 +42,7 @@ def take_out(trainer: Any) -> None:
     if type(trainer.__dict__.get(_NAME)) is not WeakMethod:
         return
     del trainer.__dict__[_NAME]
-    take_off(_inner(trainer), trainer.__dict__.pop(_BEFORE))
-
-
-def _inner(trainer: Any) -> Any:
-    """The Hugging Face model that it trains."""
-    model = trainer.model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    take_off(base_model(trainer.model), trainer.__dict__.pop(_BEFORE))
 
 
 def concatenated_forward(trainer: Any, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
