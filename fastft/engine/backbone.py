@@ -103,14 +103,16 @@ def run_straight(
         targets: where only positions with a target will ever be looked at, these: what other padding would have
             seen, and given, is then left out.
     """
-    spec, reading = settings.spec, settings.reading
+    spec, reading, asked = settings.spec, settings.reading, targets
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     tokens = ids if embeds is None else embeds
     if isinstance(tokens, torch.Tensor) and tokens.dim() >= 2:
         settings.place(*tokens.shape[:2])
     if settings.host_embedding:
         keep_on_host(backbone.get_input_embeddings())  # type: ignore[operator]
-    reading.refresh(backbone, spec, settings.resident_layers)
+    # What a changed layer makes come again must be nothing that anybody sees.
+    unseen = reading.quiet and not reading.may_drop and _embeds_plainly(backbone, spec)
+    reading.refresh(backbone, spec, settings.resident_layers, while_running=unseen)
     reason = why_not_gathered(backbone, given)
     if reason is not None:
         return reason
@@ -141,6 +143,11 @@ def run_straight(
     gathered = _owned(backbone, spec, given, gathered)
     run = _Run(settings, reading.stack, gathered, layers)
     y_BSD, rows_R = _masked(backbone, run, given, targets)
+    if not reading.look.unchanged:
+        del y_BSD, run
+        reading.ran_whole = False
+        return run_straight(backbone, settings, given, asked)
+    reading.ran_whole = True
     keeps_rest = rows_R is not None or gathered.builds_cache
     # Who asked for the cache, or reads the logits of a batch with padding, may do so after the optimizer's step.
     keep = rows_R is not None or bool(given.get("use_cache"))
@@ -245,13 +252,18 @@ def why_not_gathered(backbone: nn.Module, given: dict[str, Any]) -> str | None:
 
 def _owned(backbone: nn.Module, spec: LayerSpec, given: dict[str, Any], gathered: Inputs) -> Inputs:
     """`gathered` with hidden states of its own, where they may be a buffer that somebody fills anew."""
-    embedding = getattr(backbone, spec.embedding)
-    plain = type(embedding).forward is nn.Embedding.forward and "forward" not in embedding.__dict__
-    made_here = given.get("inputs_embeds") is None and plain and not has_hooks(embedding)
+    made_here = given.get("inputs_embeds") is None and _embeds_plainly(backbone, spec)
     if made_here or spec.embedding_multiplier is not None:
         return gathered
     own_BSD = owned(gathered.hidden_BSD)
     return gathered._replace(hidden_BSD=own_BSD, embeds_BSD=own_BSD)
+
+
+def _embeds_plainly(backbone: nn.Module, spec: LayerSpec) -> bool:
+    """Whether the embedding is PyTorch's, and nobody hears of its calls."""
+    embedding = getattr(backbone, spec.embedding)
+    plain = type(embedding).forward is nn.Embedding.forward and "forward" not in embedding.__dict__
+    return plain and not has_hooks(embedding)
 
 
 def _input_dtype(backbone: nn.Module, spec: LayerSpec, given: dict[str, Any], otherwise: torch.Tensor) -> torch.dtype:
@@ -298,7 +310,7 @@ class _Run:
         self._policies: list[Policy] = [policy_of(layer) for layer in layers]
         hidden = gathered.hidden_BSD
         self._dtype = compute_dtype(hidden)
-        self._parts, self._bank = stack.prepare(self._dtype)
+        self._parts, self._bank = stack.prepare(self._dtype, settings.reading.look)
         drops = [parts.has_dropout for parts in self._parts]
         self.has_dropout = any(drops)
         # Drawn from the CPU's generator, which `torch.manual_seed` fixes, without touching the device's.
@@ -335,7 +347,7 @@ class _Run:
                 self.attention_notes[index] = context.attention.name, note
             calls.append(LayerCall(settings.ops, parts, context, policy, seed, settings.mlp_chunk_tokens))
         graphs = self.stack.graphs(settings.graphs, hidden.device)
-        return run_layers(hidden, Run(tuple(calls), self._bank, graphs, self.stack.frozen))
+        return run_layers(hidden, Run(tuple(calls), self._bank, graphs, self.stack.frozen, settings.reading.look))
 
 
 def _masked(

@@ -151,6 +151,8 @@ class Graphs:
         tokens = -(-S // TOKEN_STEP) * TOKEN_STEP  # rows of nearly one length share a recording
         key = (B, tokens, x_BSD.dtype, x_BSD.device, first, needs_dx, id(bank), *map(_kind, run.calls))
         if key not in self._recorded:
+            if not run.look.at_all():
+                return None
             self._times[key] = self._times.get(key, 0) + 1
             if self._times[key] <= WARM_RUNS or len(self._recorded) >= MOST_RECORDINGS:
                 return None

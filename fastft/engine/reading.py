@@ -11,11 +11,12 @@ from torch import nn
 from fastft.engine import optimizer_step
 from fastft.engine.bank import AdapterBank
 from fastft.engine.graphs import GraphMode, Graphs
+from fastft.engine.layers_watch import AROUND, LayersWatch, Look
 from fastft.engine.parts import LayerParts, read_parts
 from fastft.engine.precision import compute_dtype
 from fastft.engine.resident import ResidentWeights
 from fastft.engine.support import why_no_layer, why_no_stack
-from fastft.engine.watch import Watch, has_global_hooks
+from fastft.engine.watch import has_global_hooks
 from fastft.models.identity import attention_function, called_by, called_by_name, mask_function
 from fastft.models.spec import LayerSpec
 
@@ -40,10 +41,11 @@ class Stack:
             self._graphs = Graphs(self.parts, always=mode == "on")
         return self._graphs
 
-    def prepare(self, dtype: torch.dtype) -> tuple[list[LayerParts], AdapterBank | None]:
+    def prepare(self, dtype: torch.dtype, look: Look) -> tuple[list[LayerParts], AdapterBank | None]:
         """The layers' parts for a forward in `dtype`, and the bank whose working copy they read."""
         if self.bank is None or not self.bank.holds():
-            if not AdapterBank.fits(self.parts):
+            # Of what changed, nothing is moved into a bank.
+            if not look.at_all() or not AdapterBank.fits(self.parts):
                 return [parts.computing_in(dtype) for parts in self.parts], None
             self.bank, self._work_dtype = AdapterBank(self.parts), None
             optimizer_step.install()
@@ -63,7 +65,7 @@ class ModelReading:
 
     def __init__(self, resident: ResidentWeights | None = None) -> None:
         """`resident` is shared with another reading of the same layers."""
-        self._watch: Watch | None = None
+        self._watch: LayersWatch | None = None
         self._around: tuple[Any, ...] = ()
         """What counts beside the modules."""
         self._modules: list[Any] = []
@@ -91,13 +93,22 @@ class ModelReading:
         """How often the layers were read."""
         self.is_fresh = False
         """Whether they were looked at in the forward that is under way."""
+        self.look = Look()
+        """That forward's, which may have groups of layers before it."""
+        self.ran_whole = False
+        """Whether, since they were read, all of them ran as one."""
 
     def __reduce__(self) -> tuple[type["ModelReading"], tuple[()]]:
         """Nothing of this is worth copying: it is read again from the copied modules."""
         return ModelReading, ()
 
-    def refresh(self, backbone: nn.Module, spec: LayerSpec, resident_layers: int = 0) -> None:
-        """Look at the layers again if anything about them changed."""
+    def refresh(
+        self, backbone: nn.Module, spec: LayerSpec, resident_layers: int = 0, *, while_running: bool = False
+    ) -> None:
+        """Read the layers again if anything about them changed.
+
+        With `while_running`, layers that ran as one are not all looked at: whoever runs them asks `look` before each.
+        """
         config: Any = backbone.config
         layers, norm = layers_and_norm(backbone, spec)
         stream = norm._parameters.get("weight")
@@ -109,11 +120,15 @@ class ModelReading:
         )  # fmt: skip
         modules = [*layers, norm, getattr(backbone, spec.rotary_embedding, None)]
         replaced = len(modules) != len(self._modules) or not all(map(is_, modules, self._modules))
-        unchanged = not replaced and around == self._around and self._watch is not None and self._watch.unchanged()
+        unchanged = not replaced and around == self._around and self._watch is not None
+        if unchanged and self._watch is not None:
+            self.look = self._watch.look()
+            unchanged = self.look.at(AROUND) if while_running and self.ran_whole else self.look.at_all()
         if not unchanged or (resident_layers and not self.resident.hold()):
             self._modules, self._index = modules, {layer: index for index, layer in enumerate(layers)}
             self._around = around
             self._read(backbone, spec, resident_layers, dtype)
+            self.look, self.ran_whole = Look(), False
         self.is_fresh = True
 
     def as_it_is(self) -> Callable[[], AbstractContextManager[bool]]:
@@ -142,7 +157,7 @@ class ModelReading:
         rotary = getattr(backbone, spec.rotary_embedding, None)
         around = [norm] if rotary is None else [norm, rotary]
         bound = [*called_by_name(spec), (type(backbone), "forward", type(backbone).forward)]
-        self._watch = Watch([*layers, *around], called_by(spec, backbone, config), bound, config)
+        self._watch = LayersWatch(layers, around, called_by(spec, backbone, config), bound, config)
         self.quiet = self._watch.quiet
         most = getattr(config, "num_hidden_layers", len(layers))
         places = [getattr(attrgetter(spec.attention)(x), "layer_idx", None) if _has(x, spec) else None for x in layers]

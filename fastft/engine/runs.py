@@ -10,6 +10,7 @@ import torch
 
 from fastft.engine.bank import AdapterBank, in_bank_order
 from fastft.engine.layer import backward_layer, forward_layer, pick_rows, spread_rows
+from fastft.engine.layers_watch import Look
 from fastft.engine.offload import HostBuffers, ParkedLayer
 from fastft.engine.parts import LayerCall
 from fastft.engine.saved import Saved
@@ -34,6 +35,8 @@ class Run(NamedTuple):
     """Recordings of these layers, where launches are worth saving."""
     frozen: Sequence[Sequence[torch.Tensor]] = ()
     """`LayerParts.frozen` of each layer."""
+    look: Look = Look()
+    """Whether the layers are still what was read; if one is not, whoever asked for the run puts its output away."""
 
     @property
     def adapters(self) -> list[torch.Tensor]:
@@ -44,16 +47,22 @@ class Run(NamedTuple):
 
 
 def forward_run(
-    x_BSD: torch.Tensor, calls: Sequence[LayerCall], first: int, buffers: HostBuffers | None = None
+    x_BSD: torch.Tensor,
+    calls: Sequence[LayerCall],
+    first: int,
+    buffers: HostBuffers | None = None,
+    look: Look | None = None,
 ) -> tuple[torch.Tensor, Kept]:
     """The output of the last layer (B × S × D), and what every layer from `first` on saves for `backward_run`.
 
-    What goes to the host goes to `buffers`, or new memory.
+    What goes to the host goes to `buffers`, or new memory.  Ends before the first layer that changed, by `look`.
     """
     context = calls[0].context
     kept: Kept = []
     y_TD = pick_rows(x_BSD.reshape(-1, x_BSD.shape[-1]), context.rows_R)
     for index, call in enumerate(calls):
+        if look is not None and not look.at(index):
+            break
         y_TD, saved = forward_layer(y_TD, call)
         if kept and isinstance(kept[-1], ParkedLayer):
             kept[-1].leave()

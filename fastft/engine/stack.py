@@ -39,12 +39,14 @@ class DecoderStack(torch.autograd.Function):
             if run.graphs is not None and first < len(run.calls):
                 ctx.in_use = run.graphs.take(x_BSD, run, first, needs_x)
             if ctx.in_use is not None:
-                y_BSD = ctx.in_use.forward(x_BSD, run)
+                y_BSD = ctx.in_use.forward(x_BSD, run)  # which reads only what it holds itself
             else:
                 if run.bank is not None:
                     run.bank.refresh()
-                y_BSD, kept = forward_run(x_BSD, run.calls, first)
-        if first < len(run.calls):
+                y_BSD, kept = forward_run(x_BSD, run.calls, first, look=run.look)
+        if not run.look.at_all():
+            ctx.in_use = None
+        elif first < len(run.calls):
             ctx.run, ctx.kept, ctx.first, ctx.dtype = run, kept, first, x_BSD.dtype
             ctx.versions = _versions(run, first)
             x = x_BSD if needs_x and kept is not None and _keeps(x_BSD, run, kept) else path_to(x_BSD)

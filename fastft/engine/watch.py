@@ -57,9 +57,14 @@ class Watch:
         reached: Iterable[Calls] = (),
         bound: Iterable[Bound] = (),
         config: Any = None,
+        elsewhere: set[int] | None = None,
     ) -> None:
         """What the modules' own `forward`s reach counts, what others reach that are `reached`, the attributes that are
-        `bound`, and the constants of `config`."""
+        `bound`, and the constants of `config`.
+
+        `elsewhere` has the ids of classes and configurations that another watch looks at, and gets those of this one.
+        """
+        elsewhere = set() if elsewhere is None else elsewhere
         below = list(dict.fromkeys(chain.from_iterable(module.modules() for module in modules)))
         # What only holds others is never called, and whatever is put into an empty one changes no result.
         called = [m for m in below if not isinstance(m, _CONTAINERS)]
@@ -68,8 +73,9 @@ class Watch:
         # All else is looked up in these anew: what they hold may be replaced as a whole.
         self._attributes = list(map(vars, called))
         kinds: dict[type[nn.Module], Calls] = {kind: calls_of(kind) for kind in dict.fromkeys(map(type, called))}
-        of_class = [(kind, name, getattr(kind, name)) for kind in kinds for name in _OF_CLASS]
-        self._reached = together([*reached, *kinds.values()], [*bound, *of_class])
+        new = {kind: calls for kind, calls in kinds.items() if id(kind) not in elsewhere}
+        of_class = [(kind, name, getattr(kind, name)) for kind in new for name in _OF_CLASS]
+        self._reached = together([*reached, *new.values()], [*bound, *of_class])
         self._layers = [attributes for attributes in self._attributes if "gradient_checkpointing" in attributes]
         self._registered, self._hooked = _registered(), self._now_hooked()
         self._forwards = self._now_forwards()
@@ -91,7 +97,8 @@ class Watch:
         computing = [m for m in called if not isinstance(m, (*_WITHOUT_CONSTANTS, LoraLayer))]
         holders = [(vars(m), kinds[type(m)].mentioned - _OF_EVERY_MODULE) for m in computing]
         configs = {id(c): c for c in (config, *(state.get("config") for state, _ in holders)) if hasattr(c, "__dict__")}
-        holders += [(vars(each), frozenset()) for each in configs.values()]
+        holders += [(vars(each), frozenset()) for key, each in configs.items() if key not in elsewhere]
+        elsewhere.update(map(id, new), configs)
         self._names = [(holder, names) for holder, mentioned in holders if (names := _read_of(holder, mentioned))]
         # Twice the first, so that even a single one is read as a tuple.
         self._readers = [(itemgetter(names[0], *names), holder) for holder, names in self._names]
