@@ -73,7 +73,7 @@ def _problems(shape: ModelShape, config: RunConfig) -> Iterator[tuple[str, tuple
         of_group = [widths[name] for name in group if name in adapted]
         if of_group:
             yield "narrow_gradients", (*of_group, *[0] * (3 - len(of_group)), block_r)
-    if adapted & {*shape.gate_up_names, down} and not (down in adapted and config.lora.dropout):
+    if adapted & {*shape.gate_up_names, down}:
         sizes = 1 + spec.gated, shape.intermediate, block_r
         yield "activate", sizes
         yield "activate_backward", sizes

@@ -19,6 +19,7 @@ from fastft.kernels.launches import DEFAULTS, Launches
 
 if TYPE_CHECKING:
     from fastft.kernels.adapted import Gradients
+    from fastft.kernels.dropout import Dropout
     from fastft.kernels.lora_linear.reference import NarrowGradients
     from fastft.kernels.row_statistics import RowStatistics
 
@@ -41,8 +42,9 @@ class Backend(NamedTuple):
     activate_adapted_backward: Callable[..., "Gradients"]
     add_adapted: Callable[..., torch.Tensor]
     rotate_adapted_: Callable[..., None]
+    dropout: "Dropout"
     max_rank: int
-    """The largest rank for which the four above pay; an adapter of another is added where it is made."""
+    """The largest rank for which the adapted ones pay; an adapter of another is added where it is made."""
     launches: Launches = DEFAULTS
     """How their kernels are laid out where that is not the default; eager ones have no kernels."""
 
@@ -68,11 +70,12 @@ def _eager() -> Backend:
     from fastft.kernels.activation import reference as activation
     from fastft.kernels.adapted import reference as adapted
     from fastft.kernels.cross_entropy import reference as cross_entropy
+    from fastft.kernels.dropout import reference as dropout
     from fastft.kernels.lora_linear import reference as lora_linear
     from fastft.kernels.norm import reference as norm
     from fastft.kernels.row_statistics import reference as row_statistics
 
-    return _collect("eager", norm, lora_linear, activation, cross_entropy, row_statistics, adapted, 0)
+    return _collect("eager", norm, lora_linear, activation, cross_entropy, row_statistics, adapted, dropout, 0)
 
 
 def _triton() -> Backend:
@@ -80,6 +83,7 @@ def _triton() -> Backend:
         from fastft.kernels.activation import triton as activation
         from fastft.kernels.adapted import triton as adapted
         from fastft.kernels.cross_entropy import triton as cross_entropy
+        from fastft.kernels.dropout import triton as dropout
         from fastft.kernels.launches import MAX_RANK
         from fastft.kernels.lora_linear import triton as lora_linear
         from fastft.kernels.norm import triton as norm
@@ -88,7 +92,7 @@ def _triton() -> Backend:
         raise BackendError(
             "backend triton needs the triton package", got=str(error), fix="pip install 'triton>=3.6' on Linux"
         ) from error
-    return _collect("triton", norm, lora_linear, activation, cross_entropy, row_statistics, adapted, MAX_RANK)
+    return _collect("triton", norm, lora_linear, activation, cross_entropy, row_statistics, adapted, dropout, MAX_RANK)
 
 
 def _collect(
@@ -99,8 +103,11 @@ def _collect(
     cross_entropy: Any,
     row_statistics: Any,
     adapted: Any,
+    dropout: Any,
     max_rank: int,
 ) -> Backend:
+    from fastft.kernels.dropout import Dropout
+
     return Backend(
         name,
         norm.normalise,
@@ -115,6 +122,7 @@ def _collect(
         adapted.activate_backward,
         adapted.add,
         adapted.rotate_,
+        Dropout(dropout.masks, dropout.low_rank, dropout.a_gradients, dropout.input_gradient),
         max_rank,
     )
 

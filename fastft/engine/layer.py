@@ -17,12 +17,14 @@ from fastft.adapters.lora import AdaptedLinear
 from fastft.engine.parts import LayerCall, StepContext
 from fastft.engine.saved import SAVED, Activations, Saved
 from fastft.engine.tiles import backward_in_tiles, in_tiles
+from fastft.kernels.dropout import Dropped
 from fastft.kernels.lora_linear import AdapterTerm
 from fastft.kernels.lora_linear.reference import (
     ScaledInput,
     a_gradients,
     adapter_terms,
     b_gradients,
+    drop,
     input_gradient,
     lora_linear,
     lora_linear_backward,
@@ -55,7 +57,7 @@ def backward_layer(
         made, attention_saved = _attention_block(made, call)
     elif made.x2 is None and call.parts.mlp_norm is not None:
         made = _residual_block(made, made.o, call)
-    if call.mlp_chunk_tokens is not None and _scales(call.parts.mlp_norm, call.parts.gate_up, dy_TD.dtype):
+    if call.mlp_chunk_tokens is not None and _scales(call.parts.mlp_norm, dy_TD.dtype):
         made = made._replace(h2=None)  # tile by tile again, so that the whole need not be there
     dx2, dh1, mlp_gradients = backward_in_tiles(_mlp_backward, dy_TD, made, call, overwrite)
     # Freed before attention's backward, where the other large intermediates live; and handed over, so that it can free
@@ -69,9 +71,9 @@ def backward_layer(
 def _saved_names(call: LayerCall, dtype: torch.dtype) -> frozenset[str]:
     """What is saved of this layer: of what a norm takes and what it gives, only the one, unless all is kept."""
     names, parts = SAVED[call.policy], call.parts
-    if _scales(parts.input_norm, parts.qkv, dtype):
+    if _scales(parts.input_norm, dtype):
         names -= {"h1"}
-    if _scales(parts.mlp_norm, parts.gate_up, dtype):
+    if _scales(parts.mlp_norm, dtype):
         names -= {"h2"}
     if call.policy == "keep":
         return names
@@ -87,10 +89,12 @@ def _attention_block(made: Activations, call: LayerCall) -> tuple[Activations, t
     parts, context = call.parts, call.context
     h1, rstd1 = call.ops.normalise(made.x, parts.input_norm)
     left_out = (0, 1) if _rotation_adds(call) else ()
-    outputs, low_qkv = lora_linear(h1, parts.qkv, seed=call.seed + _QKV, low_TR=made.low_qkv, left_out=left_out)
+    dropped = _dropped(h1, parts.qkv, _QKV, call, made.low_qkv)
+    outputs, low_qkv = lora_linear(h1, parts.qkv, dropped=dropped, low_TR=made.low_qkv, left_out=left_out)
+    del dropped
     # Those of a packed linear are views of its output.
     q, k, v = outputs if len(outputs) == 3 else outputs[0].split(parts.qkv_columns, dim=1)
-    read_again = parts.mlp_norm is None or not _scales(parts.input_norm, parts.qkv, made.x.dtype)
+    read_again = parts.mlp_norm is None or not _scales(parts.input_norm, made.x.dtype)
     made = made._replace(rstd1=rstd1, h1=h1 if read_again else None, v=v, low_qkv=low_qkv)
     del h1, outputs
     made = _heads_block(made, q, k, call)
@@ -100,7 +104,8 @@ def _attention_block(made: Activations, call: LayerCall) -> tuple[Activations, t
     per_sequence = (_per_sequence(t, context, parts.head_dim) for t in (made.q, made.k, v))
     attended, attention_saved = context.attention.forward(*per_sequence, context.seen, parts.scale)
     attended = pick_rows(attended.flatten(0, 1).flatten(1), context.rows_R)
-    (o,), low_o = lora_linear(attended, (parts.o,), seed=call.seed + _O, low_TR=made.low_o)
+    dropped = _dropped(attended, (parts.o,), _O, call, made.low_o)
+    (o,), low_o = lora_linear(attended, (parts.o,), dropped=dropped, low_TR=made.low_o)
     return _residual_block(made._replace(attended=attended, low_o=low_o), o, call), attention_saved
 
 
@@ -150,14 +155,14 @@ def _gate_up_block(made: Activations, call: LayerCall) -> Activations:
     outputs, low = lora_linear(
         made.h2,
         parts.gate_up,
-        seed=call.seed + _GATE_UP,
+        dropped=_dropped(made.h2, parts.gate_up, _GATE_UP, call, made.low_gate_up),
         low_TR=made.low_gate_up,
         left_out=range(len(parts.gate_up)) if _activation_adds(call) else (),
     )
     gate, up = outputs[0], None
     if parts.gated:
         gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=1)
-    if _scales(parts.mlp_norm, parts.gate_up, made.h2.dtype):
+    if _scales(parts.mlp_norm, made.h2.dtype):
         made = made._replace(h2=None)  # nobody reads it again
     return made._replace(gate=gate, up=up, low_gate_up=low)
 
@@ -180,7 +185,11 @@ def _down_block(made: Activations, call: LayerCall) -> tuple[Activations, torch.
     else:
         act = call.ops.activate(made.gate, made.up, parts.activation)
     (down,), low_down = lora_linear(
-        act, (parts.down,), seed=call.seed + _DOWN, low_TR=made.low_down, left_out=(0,) if _residual_adds(call) else ()
+        act,
+        (parts.down,),
+        dropped=_dropped(act, (parts.down,), _DOWN, call, made.low_down),
+        low_TR=made.low_down,
+        left_out=(0,) if _residual_adds(call) else (),
     )
     made = made._replace(low_down=low_down)
     return (made if parts.post_mlp_norm is None else made._replace(down=down)), down
@@ -211,8 +220,7 @@ def _activation_adds(call: LayerCall) -> bool:
     parts, ops = call.parts, call.ops
     linears = (*parts.gate_up, parts.down)
     ranks = [linear.a.shape[0] for linear in linears if linear.a is not None]
-    # A dropped input of the down projection is another one than the activation.
-    return 0 < max(ranks, default=0) <= ops.max_rank and not parts.down.dropout
+    return 0 < max(ranks, default=0) <= ops.max_rank
 
 
 def _residual_adds(call: LayerCall) -> bool:
@@ -246,16 +254,16 @@ def _mlp_backward(
     ddown = _behind_backward(dy, made.down, made.down_rstd, parts.post_mlp_norm, call)
     d = _through_activation(ddown, made, call, overwrite)
     del ddown
-    seed = call.seed + _GATE_UP
     made = made._replace(gate=None, up=None)
     dlow = low_rank_gradient(d.gate_up, parts.gate_up)
-    if dlow is not None and not _scales(parts.mlp_norm, parts.gate_up, dy.dtype):
+    if dlow is not None and not _scales(parts.mlp_norm, dy.dtype):
         made = _mlp_input(made, call)
-    x = _input(made.x2, made.h2, made.rstd2, parts.mlp_norm, parts.gate_up)
-    da = a_gradients(dlow, x, parts.gate_up, seed=seed)
-    dh2 = input_gradient(d.gate_up, dlow, parts.gate_up, seed=seed)
+    x = _input(made.x2, made.h2, made.rstd2, parts.mlp_norm)
+    dropped = _dropped(made.x2, parts.gate_up, _GATE_UP, call)
+    da = a_gradients(dlow, x, parts.gate_up, dropped)
+    dh2 = input_gradient(d.gate_up, dlow, parts.gate_up, dropped)
     gradients = [*_interleave(da, d.db_gate_up), d.da_down, d.db_down]
-    del d, x
+    del d, x, dropped
     if parts.mlp_norm is None:
         return dy, dh2, gradients
     return call.ops.normalise_backward(dh2, made.x2, parts.mlp_norm, made.rstd2, dy), None, gradients
@@ -275,17 +283,18 @@ def _through_activation(
     ddown: torch.Tensor, made: Activations, call: LayerCall, overwrite: bool
 ) -> _ActivationGradients:
     """From the gradient of the down projection's output to those of gate and up, and what adapters there are."""
-    parts, down, seed = call.parts, (call.parts.down,), call.seed + _DOWN
+    parts, down = call.parts, (call.parts.down,)
     dlow, (db_down,) = call.ops.narrow_gradients((ddown,), made.low_down, down)
     adds = _activation_adds(call)
-    dact = input_gradient((ddown,), None if adds else dlow, down, seed=seed)
+    dropped = _dropped(made.gate if made.up is None else made.up, down, _DOWN, call)
+    dact = input_gradient((ddown,), None if adds else dlow, down, None if adds else dropped)
     packed = dact.new_empty(dact.shape[0], 2 * dact.shape[1]) if parts.gated and len(parts.gate_up) == 1 else None
     halves = None if packed is None else packed.chunk(2, dim=1)
     if not adds:
         dgate, dup, act = call.ops.activate_backward(
             dact, made.gate, made.up, parts.activation, halves, overwrite=overwrite
         )
-        (da_down,) = a_gradients(dlow, act, down, seed=seed)
+        (da_down,) = a_gradients(dlow, act, down, dropped)
         together = (packed,) if packed is not None else (dgate,) if dup is None else (dgate, dup)
         return _ActivationGradients(together, b_gradients(together, made.low_gate_up, parts.gate_up), da_down, db_down)
     a = parts.down.a
@@ -294,7 +303,7 @@ def _through_activation(
     trained = next(m for m in (*matrices, a) if m is not None)
     d = call.ops.activate_adapted_backward(
         dact, made.gate, made.up, parts.activation, *_gate_up_terms(made, call), dact_term, halves,
-        overwrite=overwrite, dtype=trained.dtype,
+        overwrite=overwrite, dtype=trained.dtype, masks=None if dropped is None else dropped.masks,
     )  # fmt: skip
     dbs: list[torch.Tensor | None] = [d.db_gate_FR, d.db_up_FR]
     together = (d.dgate_TF,) if d.dup_TF is None else (d.dgate_TF, d.dup_TF)
@@ -320,9 +329,10 @@ def _attention_backward(
     assert made.attended is not None
     do = _behind_backward(dx2, made.o, made.o_rstd, parts.post_attention_norm, call)
     narrow = call.ops.narrow_gradients
-    o = lora_linear_backward((do,), made.attended, made.low_o, (parts.o,), seed=call.seed + _O, narrow=narrow)
+    dropped = _dropped(made.attended, (parts.o,), _O, call)
+    o = lora_linear_backward((do,), made.attended, made.low_o, (parts.o,), dropped=dropped, narrow=narrow)
     assert o.dx_TI is not None
-    del do
+    del do, dropped
     if made.q is None:
         made = _heads_block(made, made.q_in, made.k_in, call)
     dattended, q, k, v, attended = (
@@ -338,14 +348,15 @@ def _attention_backward(
     rows[:2] = _heads_backward(rows[0], rows[1], made, call)
     h1 = made.h1
     adapted = any(linear.a is not None for linear in parts.qkv)
-    if h1 is None and adapted and not _scales(parts.input_norm, parts.qkv, made.x.dtype):
+    if h1 is None and adapted and not _scales(parts.input_norm, made.x.dtype):
         h1, _ = call.ops.normalise(made.x, parts.input_norm)
     dy = rows if len(parts.qkv) == len(rows) else [torch.cat(rows, dim=1)]
     del rows
-    x = _input(made.x, h1, made.rstd1, parts.input_norm, parts.qkv)
-    qkv = lora_linear_backward(dy, x, made.low_qkv, parts.qkv, seed=call.seed + _QKV, needs_dx=needs_dx, narrow=narrow)
+    x = _input(made.x, h1, made.rstd1, parts.input_norm)
+    dropped = _dropped(made.x, parts.qkv, _QKV, call)
+    qkv = lora_linear_backward(dy, x, made.low_qkv, parts.qkv, dropped=dropped, needs_dx=needs_dx, narrow=narrow)
     gradients = _interleave(qkv.da, qkv.db) + o_gradients
-    del dy, x
+    del dy, x, dropped
     if not needs_dx:
         return None, gradients
     assert qkv.dx_TI is not None
@@ -354,15 +365,28 @@ def _attention_backward(
     return call.ops.normalise_backward(qkv.dx_TI, made.x, parts.input_norm, made.rstd1, dx2), gradients
 
 
-def _scales(norm: Norm | None, group: Sequence[AdaptedLinear], dtype: torch.dtype) -> bool:
+def _dropped(
+    x_TI: torch.Tensor | None,
+    group: Sequence[AdaptedLinear],
+    place: int,
+    call: LayerCall,
+    low_TR: torch.Tensor | None = None,
+) -> Dropped | None:
+    """What the group's adapters drop of their input, which has the rows of `x_TI`; None where `low_TR` is known."""
+    if low_TR is not None or not call.parts.has_dropout:
+        return None
+    assert x_TI is not None
+    dtype = call.parts.dtype or x_TI.dtype
+    return drop(group, len(x_TI), dtype, x_TI.device, call.seed + place, call.ops.dropout)
+
+
+def _scales(norm: Norm | None, dtype: torch.dtype) -> bool:
     """Whether the gradients of the group's A are made from what the norm in front of it takes, not from what it gives.
 
     An RMS norm only scales rows and columns, and those of a narrow matrix are scaled sooner.  fp16 might not hold the
-    scaled gradient, dropout is of the norm's output, and what it takes may be wider than what products are made of.
+    scaled gradient, and what it takes may be wider than what products are made of.
     """
-    if norm is None or norm.kind == "layer" or dtype == torch.float16 or norm.dtype is not None:
-        return False
-    return not any(linear.dropout > 0 for linear in group)
+    return norm is not None and norm.kind != "layer" and dtype != torch.float16 and norm.dtype is None
 
 
 def _input(
@@ -370,11 +394,10 @@ def _input(
     h_TD: torch.Tensor | None,
     rstd_T: torch.Tensor | None,
     norm: Norm | None,
-    group: Sequence[AdaptedLinear],
 ) -> torch.Tensor | ScaledInput | None:
     """A group's input for the gradients of A: what its norm gives (None if no adapter asks for it), or what it takes
     and by what it scales that."""
-    if norm is not None and x_TD is not None and rstd_T is not None and _scales(norm, group, x_TD.dtype):
+    if norm is not None and x_TD is not None and rstd_T is not None and _scales(norm, x_TD.dtype):
         return ScaledInput(x_TD, rstd_T, norm.weight_D + 1 if norm.kind == "rms_unit_offset" else norm.weight_D)
     return h_TD
 

@@ -20,7 +20,7 @@ from fastft.engine.first_order import first_order, path_to
 from fastft.engine.precision import compute_dtype
 from fastft.engine.state import ModuleState, call_original, why_not_differentiated
 from fastft.engine.watch import Watch, has_global_hooks
-from fastft.kernels.lora_linear.reference import lora_linear, lora_linear_backward
+from fastft.kernels.lora_linear.reference import drop, lora_linear, lora_linear_backward
 from fastft.models.identity import why_no_linear
 from fastft.models.quantized import is_packed_for_cpu, is_quantized
 
@@ -46,7 +46,8 @@ class LoraLinear(torch.autograd.Function):
         compute, output = dtypes
         with _no_autocast(x.device.type):
             x_TI = x.reshape(-1, x.shape[-1]).to(compute)
-            (y_TO,), low_TR = lora_linear(x_TI, (_with_one_bias(linear),), seed=seed)
+            dropped = drop((linear,), len(x_TI), compute, x.device, seed, ops.dropout)
+            (y_TO,), low_TR = lora_linear(x_TI, (_with_one_bias(linear),), dropped=dropped)
         needs_x, _, _, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         if any(ctx.needs_input_grad):
             ctx.linear, ctx.seed, ctx.compute, ctx.ops = linear, seed, compute, ops
@@ -75,8 +76,9 @@ class LoraLinear(torch.autograd.Function):
         dy = grad_outputs[0]
         dy_TO = dy.reshape(-1, dy.shape[-1]).to(ctx.compute)
         with _no_autocast(dy.device.type):
+            dropped = drop((linear,), len(dy_TO), ctx.compute, dy.device, ctx.seed, ctx.ops.dropout)
             made = lora_linear_backward(
-                (dy_TO,), x_TI, low_TR, (linear,), seed=ctx.seed, needs_dx=needs_x, narrow=ctx.ops.narrow_gradients
+                (dy_TO,), x_TI, low_TR, (linear,), dropped=dropped, needs_dx=needs_x, narrow=ctx.ops.narrow_gradients
             )
             biases: list[torch.Tensor | None] = [None, None]
             if any(needs[2:]):

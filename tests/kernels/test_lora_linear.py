@@ -4,17 +4,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from fastft.backends import load_backend
+from fastft.kernels.dropout import Dropped
 from fastft.kernels.lora_linear.reference import (
     ScaledInput,
     a_gradients,
     adapter_terms,
     b_gradients,
-    dropout_mask,
+    drop,
     input_gradient,
     lora_linear,
     lora_linear_backward,
@@ -50,17 +50,23 @@ def make_layer(
     return Layer(random(outputs, inputs), random(outputs) if bias else None, a, b, 1.5, dropout)
 
 
+def dropped(x_TI: Tensor, group: list[Layer], seed: int) -> Dropped | None:
+    return drop(group, len(x_TI), x_TI.dtype, x_TI.device, seed, load_backend("eager").dropout)
+
+
 def written_out(x_TI: Tensor, group: list[Layer], seed: int) -> list[Tensor]:
     """y = x·Wᵀ + bias + scaling · (mask ∘ x)·Aᵀ·Bᵀ, one layer after the other."""
     outputs = []
-    for index, layer in enumerate(group):
+    all_dropped = dropped(x_TI.detach(), group, seed)
+    masks = iter([] if all_dropped is None else all_dropped.masks)
+    for layer in group:
         y_TO = x_TI @ layer.matrix.to(x_TI.dtype).t()
         if layer.bias is not None:
             y_TO = y_TO + layer.bias.to(x_TI.dtype)
         if layer.a is not None and layer.b is not None:
             dropped_TI = x_TI
             if layer.dropout:
-                dropped_TI = x_TI * dropout_mask(x_TI.detach(), layer.dropout, seed + index)
+                dropped_TI = x_TI * next(masks)
             y_TO = y_TO + layer.scaling * (dropped_TI @ layer.a.to(x_TI.dtype).t() @ layer.b.to(x_TI.dtype).t())
         outputs.append(y_TO)
     return outputs
@@ -90,8 +96,8 @@ def test_forward_and_every_gradient_equal_autograd(shape, T, bias, dropout, devi
     expected_gradients = torch.autograd.grad(expected, [x_TI, *leaves], dy)
 
     with torch.no_grad():
-        outputs, low_TR = lora_linear(x_TI, group, seed=5)
-        gradients = lora_linear_backward(dy, x_TI, low_TR, group, seed=5)
+        outputs, low_TR = lora_linear(x_TI, group, dropped=dropped(x_TI.detach(), group, 5))
+        gradients = lora_linear_backward(dy, x_TI, low_TR, group, dropped=dropped(x_TI.detach(), group, 5))
     assert_close(outputs, expected)
     flat = [m for pair in zip(gradients.da, gradients.db, strict=True) for m in pair]
     assert [m is None for m in flat] == [m is None for layer in group for m in (layer.a, layer.b)]
@@ -106,11 +112,11 @@ def test_gradients_equal_finite_differences():
     dy = [torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)]
 
     def loss() -> float:
-        outputs, _ = lora_linear(x_TI, group, seed=9)
+        outputs, _ = lora_linear(x_TI, group, dropped=dropped(x_TI, group, 9))
         return float(sum((y * d).sum() for y, d in zip(outputs, dy, strict=True)))
 
-    _, low_TR = lora_linear(x_TI, group, seed=9)
-    gradients = lora_linear_backward(dy, x_TI, low_TR, group, seed=9)
+    _, low_TR = lora_linear(x_TI, group, dropped=dropped(x_TI, group, 9))
+    gradients = lora_linear_backward(dy, x_TI, low_TR, group, dropped=dropped(x_TI, group, 9))
     tensors = [(x_TI, gradients.dx_TI)]
     for layer, da, db in zip(group, gradients.da, gradients.db, strict=True):
         tensors += [(layer.a, da), (layer.b, db)]
@@ -153,26 +159,24 @@ def test_nothing_that_was_passed_is_overwritten(device):
     dy = [torch.randn(5, 6, dtype=torch.float64, device=device) for _ in group]
     held = [x_TI, *dy, *(m for layer in group for m in (layer.matrix, layer.bias, layer.a, layer.b))]
     before = [m.clone() for m in held]
-    _, low_TR = lora_linear(x_TI, group, seed=1)
+    _, low_TR = lora_linear(x_TI, group, dropped=dropped(x_TI, group, 1))
     low_before = low_TR.clone()
-    lora_linear_backward(dy, x_TI, low_TR, group, seed=1)
+    lora_linear_backward(dy, x_TI, low_TR, group, dropped=dropped(x_TI, group, 1))
     assert_close(held, before, rtol=0, atol=0)
     assert torch.equal(low_TR, low_before)
 
 
-def test_all_may_be_dropped(device):
-    assert not dropout_mask(torch.ones(3, 4, device=device), 1.0, seed=1).any()
-
-
 def test_scaled_inputs_need_not_be_written_out(device):
     """dA from x, and what a norm scales its rows and columns by, is dA from the norm's output."""
-    group = [make_layer(8, 6, 2, device=device) for _ in range(2)]
     x_TI, rows_T, columns_I = (
         torch.randn(*shape, dtype=torch.float64, device=device) for shape in ((5, 8), (5,), (8,))
     )
     dlow_TR = torch.randn(5, 4, dtype=torch.float64, device=device)
-    expected = a_gradients(dlow_TR, rows_T[:, None] * x_TI * columns_I, group)
-    assert_close(a_gradients(dlow_TR, ScaledInput(x_TI, rows_T, columns_I), group), expected)
+    for p in (0.0, 0.3):
+        group = [make_layer(8, 6, 2, dropout=p, device=device) for _ in range(2)]
+        masks = dropped(x_TI, group, 1)
+        expected = a_gradients(dlow_TR, rows_T[:, None] * x_TI * columns_I, group, masks)
+        assert_close(a_gradients(dlow_TR, ScaledInput(x_TI, rows_T, columns_I), group, masks), expected)
     assert a_gradients(dlow_TR, None, group) == [None, None]
 
 
@@ -193,49 +197,25 @@ def test_the_parts_are_the_whole(device):
     group = [make_layer(8, 6, 2, dropout=0.2, device=device)]
     x_TI = torch.randn(5, 8, dtype=torch.float64, device=device)
     dy = [torch.randn(5, 6, dtype=torch.float64, device=device)]
-    _, low_TR = lora_linear(x_TI, group, seed=3)
-    whole = lora_linear_backward(dy, x_TI, low_TR, group, seed=3)
+    masks = dropped(x_TI, group, 3)
+    _, low_TR = lora_linear(x_TI, group, dropped=masks)
+    whole = lora_linear_backward(dy, x_TI, low_TR, group, dropped=masks)
     dlow_TR = low_rank_gradient(dy, group)
-    assert_close(low_rank(x_TI, group, 3), low_TR)
-    assert_close(input_gradient(dy, dlow_TR, group, seed=3), whole.dx_TI)
-    da, db = a_gradients(dlow_TR, x_TI, group, seed=3), b_gradients(dy, low_TR, group)
+    assert_close(low_rank(x_TI, group, masks), low_TR)
+    assert_close(input_gradient(dy, dlow_TR, group, masks), whole.dx_TI)
+    da, db = a_gradients(dlow_TR, x_TI, group, masks), b_gradients(dy, low_TR, group)
     assert_close(da, whole.da)
     assert_close(db, whole.db)
 
 
 def test_the_mean_over_many_masks_is_the_output_without_dropout():
     plain = make_layer(24, 6, 4)
-    dropped = plain._replace(dropout=0.5)
+    dropping = plain._replace(dropout=0.5)
     x_TI = torch.randn(7, 24, dtype=torch.float64)
     (expected,), _ = lora_linear(x_TI, [plain])
-    samples = torch.stack([lora_linear(x_TI, [dropped], seed=10 * s)[0][0] for s in range(600)])
+    samples = torch.stack(
+        [lora_linear(x_TI, [dropping], dropped=dropped(x_TI, [dropping], s))[0][0] for s in range(600)]
+    )
     spread = samples.std(0) / 600**0.5
     assert (samples.std(0) > 0).all()
     assert ((samples.mean(0) - expected).abs() < 5 * spread).all()
-
-
-@settings(max_examples=30)
-@given(st.floats(0.05, 0.95), st.integers(0, 2**62), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_a_dropout_mask_is_a_function_of_its_seed(p, seed, dtype):
-    like = torch.empty(64, 64, dtype=dtype)
-    mask = dropout_mask(like, p, seed)
-    assert torch.equal(mask, dropout_mask(like, p, seed))
-    assert not torch.equal(mask, dropout_mask(like, p, seed + 1))
-    assert mask.dtype == dtype
-    assert set(mask.unique().tolist()) <= {0.0, torch.ones((), dtype=dtype).div(1 - p).item()}
-    kept = (mask > 0).double().mean()
-    assert abs(kept - (1 - p)) < 6 * (p * (1 - p) / 4096) ** 0.5
-
-
-def test_masks_leave_the_global_generator_alone(device):
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    dropout_mask(torch.empty(4, 4, device=device), 0.5, 1)
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_layers_of_a_group_draw_different_masks():
-    plain = make_layer(64, 4, 4, dropout=0.5)
-    (first, second), _ = lora_linear(torch.ones(3, 64, dtype=torch.float64), [plain, plain], seed=1)
-    assert not torch.equal(first, second)

@@ -2,11 +2,14 @@
 
 # T tokens, F columns, R rank; low_TR·matrix_RF is a term; H heads, d head size, S rows of the tables, r their width
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastft.kernels.activation import ActivationKind, reference
 from fastft.kernels.adapted import Gradients
+from fastft.kernels.dropout import reference as dropout
 from fastft.kernels.lora_linear import AdapterTerm
 from fastft.kernels.rope.reference import rope_
 
@@ -42,6 +45,7 @@ def activate_backward(
     *,
     overwrite: bool = False,
     dtype: torch.dtype = torch.float32,
+    masks: Any = None,
 ) -> Gradients:
     """The gradients of `activate`, and of the adapters on gate, up and down as far as the sums over tokens go.
 
@@ -60,16 +64,30 @@ def activate_backward(
         out: where to write dgate and dup, such as the halves of a packed gradient; new tensors if None.
         overwrite: whether dgate and dup may take the places of `gate_TF` and `up_TF`.
         dtype: of the adapters' gradients.
+        masks: of the down projection's dropout, if it has any: `dact_term` is of the elements that are kept, and so is
+            `da_down`.
     """
     gate, up = plus_term(gate_TF, gate_term), None if up_TF is None else plus_term(up_TF, up_term)
-    dgate, dup, act = reference.activate_backward(plus_term(dact_TF, dact_term), gate, up, kind, out)
+    if dact_term is None or masks is None:
+        dact = plus_term(dact_TF, dact_term)
+    else:
+        dact = dact_TF + dropout.input_gradient(
+            dact_term.low_TR, dact_term.matrix_RO, [len(dact_term.matrix_RO)], masks
+        )
+    dgate, dup, act = reference.activate_backward(dact, gate, up, kind, out)
     return Gradients(
         dgate,
         dup,
         None if gate_term is None else (gate_term.scaling * (dgate.t() @ gate_term.low_TR)).to(dtype),
         None if up_term is None or dup is None else (up_term.scaling * (dup.t() @ up_term.low_TR)).to(dtype),
-        None if dact_term is None else (dact_term.low_TR.t() @ act).to(dtype),
+        None if dact_term is None else _da_down(dact_term, act, masks).to(dtype),
     )
+
+
+def _da_down(dact_term: AdapterTerm, act_TF: Tensor, masks: Any) -> Tensor:
+    if masks is None:
+        return dact_term.low_TR.t() @ act_TF
+    return dropout.a_gradients(dact_term.low_TR, act_TF, [len(dact_term.matrix_RO)], masks)
 
 
 def add(x_TF: Tensor, residual_TF: Tensor, term: AdapterTerm, multiplier: float = 1.0) -> Tensor:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from fastft.kernels.dropout import Dropout, Dropped
 from fastft.kernels.lora_linear import AdapterTerm
 
 
@@ -70,7 +71,7 @@ def lora_linear(
     x_TI: torch.Tensor,
     group: Sequence[Linear],
     *,
-    seed: int = 0,
+    dropped: Dropped | None = None,
     low_TR: torch.Tensor | None = None,
     left_out: Collection[int] = (),
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
@@ -79,12 +80,12 @@ def lora_linear(
     Args:
         x_TI: the group's input.
         group: the layers.
-        seed: fixes the dropout masks: the same seed gives the same masks, so a recomputation repeats them.
+        dropped: what `drop` made for this input; not read where `low_TR` is known.
         low_TR: x·Aᵀ, where it is known from an earlier call.
         left_out: layers whose outputs lack what their adapters add; whoever reads them adds `adapter_terms`.
     """
     if low_TR is None:
-        low_TR = low_rank(x_TI, group, seed)
+        low_TR = low_rank(x_TI, group, dropped)
     terms = [None if g in left_out else term for g, term in enumerate(adapter_terms(low_TR, group))]
     return [_output(x_TI, layer, term) for layer, term in zip(group, terms, strict=True)], low_TR
 
@@ -133,7 +134,7 @@ def lora_linear_backward(
     low_TR: torch.Tensor | None,
     group: Sequence[Linear],
     *,
-    seed: int = 0,
+    dropped: Dropped | None = None,
     needs_dx: bool = True,
     narrow: NarrowGradients = narrow_gradients,
 ) -> GroupGradients:
@@ -147,37 +148,38 @@ def lora_linear_backward(
         x_TI: the group's input; None where nobody asks for dA.
         low_TR: x·Aᵀ of all adapters side by side; None where nobody asks for dB.
         group: the layers.
-        seed: that of the forward.
+        dropped: that of the forward.
         needs_dx: whether the input's gradient is asked for.
         narrow: the backend's `narrow_gradients`.
     """
     dlow_TR, db = narrow(dy, low_TR, group)
-    da = a_gradients(dlow_TR, x_TI, group, seed=seed)
-    dx_TI = input_gradient(dy, dlow_TR, group, seed=seed) if needs_dx else None
+    da = a_gradients(dlow_TR, x_TI, group, dropped)
+    dx_TI = input_gradient(dy, dlow_TR, group, dropped) if needs_dx else None
     return GroupGradients(dx_TI, da, db)
 
 
 def a_gradients(
-    dlow_TR: torch.Tensor | None, x_TI: "torch.Tensor | ScaledInput | None", group: Sequence[Linear], *, seed: int = 0
+    dlow_TR: torch.Tensor | None,
+    x_TI: "torch.Tensor | ScaledInput | None",
+    group: Sequence[Linear],
+    dropped: Dropped | None = None,
 ) -> list[torch.Tensor | None]:
-    """dA (R × I) of every layer in its adapter's dtype; None without an adapter, or where nobody kept the input.
-
-    A `ScaledInput` needs a group without dropout.
-    """
+    """dA (R × I) of every layer in its adapter's dtype; None without an adapter, or where nobody kept the input."""
     da: list[torch.Tensor | None] = [None] * len(group)
     if dlow_TR is None or x_TI is None:
         return da
-    if _dropout(group):
-        assert isinstance(x_TI, torch.Tensor)
-        for g, dlow, a in _slices(dlow_TR, group):
-            da[g] = torch.mm(dlow.t(), _dropped(x_TI, group[g], seed + g)).to(a.dtype)
-        return da
-    # One product over the whole input for all adapters of the group.
+
+    def product(dlow_TR: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+        """Over the whole input for all adapters of the group."""
+        if dropped is None:
+            return torch.mm(dlow_TR.t(), x_TI)
+        return dropped.ops.a_gradients(dlow_TR, x_TI, _ranks(group), dropped.masks)
+
     if isinstance(x_TI, ScaledInput):
         scaled_TR = torch.mul(dlow_TR, x_TI.rows_T[:, None], out=torch.empty_like(dlow_TR))
-        stacked_RI = torch.mm(scaled_TR.t(), x_TI.x_TI).mul_(x_TI.columns_I)
+        stacked_RI = product(scaled_TR, x_TI.x_TI).mul_(x_TI.columns_I)
     else:
-        stacked_RI = torch.mm(dlow_TR.t(), x_TI)
+        stacked_RI = product(dlow_TR, x_TI)
     for g, rows, a in _slices(stacked_RI.t(), group):
         da[g] = rows.t().to(a.dtype)
     return da
@@ -197,29 +199,34 @@ def b_gradients(
 
 
 def input_gradient(
-    dy: Sequence[torch.Tensor], dlow_TR: torch.Tensor | None, group: Sequence[Linear], *, seed: int = 0
+    dy: Sequence[torch.Tensor],
+    dlow_TR: torch.Tensor | None,
+    group: Sequence[Linear],
+    dropped: Dropped | None = None,
 ) -> torch.Tensor:
     """dx (T × I) alone: Σ_g dy·W + dlow·A; without the latter where `dlow_TR` is None."""
     dtype = dy[0].dtype
-    masked = dlow_TR is not None and _dropout(group)
     dx_TI = None
-    if dlow_TR is not None and not masked:
+    if dlow_TR is not None and dropped is None:
         dx_TI = torch.mm(dlow_TR, _stacked_a(group, dtype))
+    elif dlow_TR is not None and dropped is not None:
+        dx_TI = dropped.ops.input_gradient(dlow_TR, _stacked_a(group, dtype), _ranks(group), dropped.masks)
     for d, layer in zip(dy, group, strict=True):
         weight_OI = layer.weight(dtype)
         dx_TI = torch.mm(d, weight_OI) if dx_TI is None else dx_TI.addmm_(d, weight_OI)
     assert dx_TI is not None
-    if dlow_TR is not None and masked:
-        for g, dlow, a in _slices(dlow_TR, group):
-            dx_TI.add_(torch.mm(dlow, a.to(dtype)).mul_(dropout_mask(dx_TI, group[g].dropout, seed + g)))
     return dx_TI
 
 
-def dropout_mask(like: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-    """0 with probability `p`, else 1 / (1 − p), in the shape, dtype and device of `like`; a function of `seed`."""
-    generator = torch.Generator(like.device).manual_seed(seed)
-    mask = torch.empty_like(like).bernoulli_(1.0 - p, generator=generator)
-    return mask.div_(1.0 - p) if p < 1.0 else mask
+def drop(
+    group: Sequence[Linear], tokens: int, dtype: torch.dtype, device: torch.device, seed: int, ops: Dropout
+) -> Dropped | None:
+    """Which elements of an input of so many tokens the group's adapters drop: a function of `seed`, so that a
+    recomputation repeats it; None where none does."""
+    adapted = [(layer.dropout, layer.a.shape[1]) for layer in group if layer.a is not None]
+    if not any(p > 0 for p, _ in adapted):
+        return None
+    return Dropped(ops, ops.masks([p for p, _ in adapted], (tokens, adapted[0][1]), dtype, device, seed))
 
 
 def low_rank_gradient(dy: Sequence[torch.Tensor], group: Sequence[Linear]) -> torch.Tensor | None:
@@ -239,17 +246,14 @@ def low_rank_gradient(dy: Sequence[torch.Tensor], group: Sequence[Linear]) -> to
     return dlow_TR
 
 
-def low_rank(x_TI: torch.Tensor, group: Sequence[Linear], seed: int) -> torch.Tensor | None:
+def low_rank(x_TI: torch.Tensor, group: Sequence[Linear], dropped: Dropped | None = None) -> torch.Tensor | None:
     """dropout(x)·Aᵀ of all adapters side by side (T × ΣR), or None where the group has none."""
     if all(layer.a is None for layer in group):
         return None
-    if not _dropout(group):
-        return torch.mm(x_TI, _stacked_a(group, x_TI.dtype).t())
-    parts = []
-    for g, layer in enumerate(group):
-        if layer.a is not None:
-            parts.append(torch.mm(_dropped(x_TI, layer, seed + g), layer.a.to(x_TI.dtype).t()))
-    return torch.cat(parts, dim=1)
+    a_RI = _stacked_a(group, x_TI.dtype)
+    if dropped is None:
+        return torch.mm(x_TI, a_RI.t())
+    return dropped.ops.low_rank(x_TI, a_RI, _ranks(group), dropped.masks)
 
 
 def _scaled_product(
@@ -288,9 +292,5 @@ def _stacked_a(group: Sequence[Linear], dtype: torch.dtype) -> torch.Tensor:
     return first.as_strided((rows, inputs), (inputs, 1)).to(dtype)
 
 
-def _dropout(group: Sequence[Linear]) -> bool:
-    return any(layer.dropout > 0 and layer.a is not None for layer in group)
-
-
-def _dropped(x_TI: torch.Tensor, layer: Linear, seed: int) -> torch.Tensor:
-    return x_TI * dropout_mask(x_TI, layer.dropout, seed) if layer.dropout > 0 else x_TI
+def _ranks(group: Sequence[Linear]) -> list[int]:
+    return [layer.a.shape[0] for layer in group if layer.a is not None]
