@@ -208,8 +208,9 @@ class PPOTrainer(Trainer):
         return self._loader(given, self.args.per_device_eval_batch_size, None)
 
     def _loader(self, rows: Dataset, size: int, sampler: EpisodeSampler | None) -> DataLoader:
+        # A generator of its own: a loader draws from it, and from everybody's otherwise.
         return DataLoader(
-            rows, batch_size=size, sampler=sampler, collate_fn=list,
+            rows, batch_size=size, sampler=sampler, collate_fn=list, generator=torch.Generator(),  # type: ignore[arg-type]
             num_workers=self.args.dataloader_num_workers,
         )  # fmt: skip
 
@@ -444,11 +445,17 @@ class PPOTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         self.model.load_adapters(folder)
-        if not self.model.is_adapted:
-            super()._load_from_checkpoint(str(folder), self.model.policy)
+        wholes = {} if self.model.is_adapted else {folder: self.model.policy}
         own = self.model.own_value_folder(folder)
         if own is not None:
-            super()._load_from_checkpoint(str(own), self.model.value_model)
+            wholes[own] = self.model.value_model
+        both = self.model
+        try:
+            for each, whole in wholes.items():
+                self.model = whole  # what transformers' own code reads into
+                super()._load_from_checkpoint(str(each))
+        finally:
+            self.model = both
 
     def _checkpoint(self, asked: str | bool | None) -> str | None:
         if not asked:

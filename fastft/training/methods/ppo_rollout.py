@@ -41,6 +41,8 @@ class Rollout(NamedTuple):
     advantages_BL: torch.Tensor
     """Whitened."""
     returns_BL: torch.Tensor
+    scores_B: torch.Tensor
+    """With the penalty for a missing end."""
     metrics: dict[str, float]
 
 
@@ -110,8 +112,9 @@ class Actor:
         if self.rewards.has_functions:
             averaged |= {f"rewards/{name}/mean": mean for name, mean in means.items()}
         return Rollout(
-            sequences, masks, log_probs_BL, values_BL, whiten(advantages_BL, masks.tokens_BL), returns_BL, averaged
-        )
+            sequences, masks, log_probs_BL, values_BL, whiten(advantages_BL, masks.tokens_BL), returns_BL, scores_B,
+            averaged,
+        )  # fmt: skip
 
     def _sample(self, prompts: Sequence[Sequence[int]], *, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Responses (B × L, padding after their ends) and their lengths (B)."""
