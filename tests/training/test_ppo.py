@@ -1,6 +1,8 @@
 """PPO: what the trainer promises beside its formulas."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,16 @@ def test_no_pass_has_all_logits(tmp_path, monkeypatch):
     rows_of_logits = [shape[0] for shape in shapes if shape[1] == trainer.model.config.vocab_size]
     assert max(rows_of_logits) == 4
     assert len(rows_of_logits) > 4 * 3  # policy and reference of the rollout, and two epochs, of some 20 tokens
+
+
+def test_a_switch_of_adapters_makes_nothing_be_read_anew(tmp_path):
+    """Policy, value and reference have a reading each, whatever goes on between them."""
+    with fused(True):
+        trainer = make(tmp_path, max_steps=3)
+        trainer.train()
+        read = trainer.model.policy.get_base_model().__dict__["_fastft_read"]
+        assert set(read.by_adapters) == {("default",), ("value",), ()}
+        assert max(reading.count for reading in read.by_adapters.values()) <= 2
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["stock", "fused"])
@@ -541,3 +553,46 @@ def test_models_that_cannot_be_used(tmp_path):
     head = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match="the head has an adapter"):
         make(tmp_path, peft_config=head)
+
+
+def test_a_models_own_way_to_generate_is_not_the_policys(tmp_path):
+    """What it samples from is what is trained."""
+    model = base()
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.suppress_tokens = list(range(1000))
+    found = []
+    for each in (None, model):
+        trainer = make(tmp_path, model=each, max_steps=1)
+        trainer.train()
+        found.append(logs(trainer))
+    assert found[0] == found[1]
+    assert model.generation_config.repetition_penalty == 5.0
+
+
+@pytest.mark.slow
+def test_two_processes_keep_one_model(tmp_path):
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1] / "helpers")!r})
+import hashlib, pathlib
+from ppo_runs import make
+trainer = make(pathlib.Path({str(tmp_path)!r}), per_device_train_batch_size=2, use_cpu=True)
+trainer.train()
+assert trainer.args.batch_size == 4 and trainer.args.local_batch_size == 2
+weights = b"".join(p.detach().numpy().tobytes() for p in trainer.model.trained())
+print("MODEL", hashlib.sha256(weights).hexdigest())
+"""
+    (tmp_path / "run.py").write_text(program)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(tmp_path / "run.py"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    models = [line for line in result.stdout.splitlines() if line.startswith("MODEL")]
+    assert len(models) == 2
+    assert models[0] == models[1]
