@@ -210,7 +210,7 @@ class PPOTrainer(Trainer):
     def _loader(self, rows: Dataset, size: int, sampler: EpisodeSampler | None) -> DataLoader:
         # A generator of its own: a loader draws from it, and from everybody's otherwise.
         return DataLoader(
-            rows, batch_size=size, sampler=sampler, collate_fn=list, generator=torch.Generator(),  # type: ignore[arg-type]
+            rows, batch_size=size, sampler=sampler, collate_fn=list, generator=torch.Generator(),
             num_workers=self.args.dataloader_num_workers,
         )  # fmt: skip
 
