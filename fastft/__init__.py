@@ -18,6 +18,8 @@ _PUBLIC = {
     "PatchKTOTrainer": "fastft.api",
     "patch_hf_training": "fastft.hf_training",
     "AdaLoraCallback": "fastft.training.adalora",
+    "PPOConfig": "fastft.training.methods.ppo_config",
+    "PPOTrainer": "fastft.training.methods.ppo",
     "SFTTrainer": "fastft.trainer",
     "Trainer": "fastft.trainer",
     "is_bfloat16_supported": "fastft.hardware",
@@ -35,6 +37,8 @@ __all__ = [
     "FastLanguageModel",
     "FastModel",
     "FastftError",
+    "PPOConfig",
+    "PPOTrainer",
     "PatchDPOTrainer",
     "PatchKTOTrainer",
     "Plan",
@@ -61,6 +65,8 @@ if TYPE_CHECKING:
     from fastft.record import Record
     from fastft.trainer import SFTTrainer, Trainer
     from fastft.training.adalora import AdaLoraCallback
+    from fastft.training.methods.ppo import PPOTrainer
+    from fastft.training.methods.ppo_config import PPOConfig
 
 
 def __getattr__(name: str) -> Any:

@@ -141,7 +141,7 @@ def _answer(model: Any, head: TrlHead, args: tuple[Any, ...], kwargs: dict[str, 
     settings = state.settings
     if settings.why_stock is not None:
         return None
-    with settings.reading_for(_adapters_of(model)), settings.forward():
+    with settings.reading_for(adapters_of(model)), settings.forward():
         given = dict(kwargs)
         del given["fused_lm_head"]
         labels, shifted, items = (given.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch"))
@@ -237,7 +237,7 @@ def _why_not_answered(
     return None
 
 
-def _adapters_of(model: nn.Module) -> tuple[Any, ...]:
+def adapters_of(model: nn.Module) -> tuple[Any, ...]:
     """Which adapters are active; empty where all are off, or there are none."""
     first = next((module for module in model.modules() if isinstance(module, LoraLayer)), None)
     return () if first is None or first.disable_adapters else tuple(first.active_adapters)
