@@ -87,10 +87,10 @@ def _activate_kernel(
 @triton.jit
 def _activate_backward_kernel(
     dact_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, sums_ptr,
-    low_gate_ptr, b_gate_ptr, low_up_ptr, b_up_ptr, dlow_ptr, a_down_ptr, words_ptr,
+    low_gate_ptr, b_gate_ptr, low_up_ptr, b_up_ptr, dlow_ptr, a_down_ptr, bits_ptr,
     T, F, rows_each, dact_stride, gate_stride, up_stride, dgate_stride, dup_stride, sums_stride,
     low_gate_stride, b_gate_rank_stride, b_gate_stride, low_up_stride, b_up_rank_stride, b_up_stride,
-    dlow_stride, a_down_rank_stride, a_down_stride, words_stride, gate_scaling, up_scaling, dact_scaling, keep_scale,
+    dlow_stride, a_down_rank_stride, a_down_stride, gate_scaling, up_scaling, dact_scaling, keep_scale,
     KIND: tl.constexpr, RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr, RANK_DOWN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -115,9 +115,9 @@ def _activate_backward_kernel(
             dlow_TR = narrow_rows(dlow_ptr, rows_T, last, dlow_stride, RANK_DOWN, BLOCK_R)
             # The factor is 1.  Without it the compiler makes dact the product's own sum, and its load then waits.
             term_TF = dact_scaling * dot(dlow_TR, a_down_RF)
-            if words_ptr is not None:
-                kept_TF = kept(words_ptr, rows_T, columns_F, words_stride, mask_TF)
-                term_TF = tl.where(kept_TF, keep_scale * term_TF, 0.0)
+            if bits_ptr is not None:
+                bits_TF = tl.load(bits_ptr + rows_T[:, None] * F + columns_F[None, :], mask=mask_TF, other=0)
+                term_TF = kept(keep_scale * term_TF, bits_TF, 0)
             dact_TF += term_TF
         if low_gate_ptr is not None:
             low_gate_TR = narrow_rows(low_gate_ptr, rows_T, last, low_gate_stride, RANK_GATE, BLOCK_R)
@@ -141,8 +141,8 @@ def _activate_backward_kernel(
         if low_gate_ptr is not None:
             db_gate_FR += dot(tl.trans(dgate_TF), low_gate_TR)
         if dlow_ptr is not None:
-            if words_ptr is not None:
-                act_TF = tl.where(kept_TF, act_TF, 0.0)
+            if bits_ptr is not None:
+                act_TF = kept(act_TF, bits_TF, 0)
             da_down_FR += dot(tl.trans(act_TF.to(dtype)), dlow_TR)
     sums_ptr += tl.program_id(1).to(tl.int64) * sums_stride
     if low_gate_ptr is not None:
@@ -150,7 +150,7 @@ def _activate_backward_kernel(
     if low_up_ptr is not None:
         store_sum(sums_ptr + F * RANK_GATE, up_scaling * db_up_FR, columns_F, F, RANK_UP, 1, RANK_UP, BLOCK_R)
     if dlow_ptr is not None:
-        if words_ptr is not None:
+        if bits_ptr is not None:
             da_down_FR *= keep_scale
         store_sum(sums_ptr + F * (RANK_GATE + RANK_UP), da_down_FR, columns_F, F, 1, F, RANK_DOWN, BLOCK_R)
 
@@ -276,14 +276,14 @@ def activate_backward(
     launch = launch_for("activate_backward", (inputs_of_act, F, block_r), gate_TF.element_size(), T, launches)
     grid, rows_each = launch.grid(T, F)
     sums_SN = torch.empty((grid[1], sum(sizes)), dtype=torch.float32, device=gate_TF.device)
-    words = None if masks is None else masks.words_GTW[0]
+    bits = None if masks is None else masks.bits_TK
     if gate_TF.numel():
         strides = [0 if x_TF is None else x_TF.stride(0) for x_TF in (*inputs, dgate_TF, dup_TF)]
         with device_guard(gate_TF):
             _activate_backward_kernel[grid](
-                *inputs, dgate_TF, dup_TF, sums_SN, *gate.pointers, *up.pointers, *down.pointers, words,
+                *inputs, dgate_TF, dup_TF, sums_SN, *gate.pointers, *up.pointers, *down.pointers, bits,
                 T, F, rows_each, *strides, sums_SN.stride(0), *gate.strides, *up.strides, *down.strides,
-                0 if words is None else words.stride(0), gate.scaling, up.scaling, down.scaling,
+                gate.scaling, up.scaling, down.scaling,
                 1.0 if masks is None else masks.scales[0],
                 KIND=kind, RANK_GATE=gate.rank, RANK_UP=up.rank, RANK_DOWN=down.rank,
                 BLOCK_R=block_r,
