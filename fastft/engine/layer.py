@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastft.adapters.lora import AdaptedLinear
+from fastft.adapters.adapted import AdaptedLinear
 from fastft.engine.parts import LayerCall, StepContext
 from fastft.engine.saved import SAVED, Activations, Saved
 from fastft.engine.tiles import backward_in_tiles, in_tiles
@@ -36,11 +36,12 @@ _QKV, _O, _GATE_UP, _DOWN = 0, 3, 4, 6
 
 def forward_layer(x_TD: torch.Tensor, call: LayerCall) -> tuple[torch.Tensor, Saved]:
     """The layer's output (T × D, dtype of `x_TD`), and what `call.policy` saves."""
+    call, of_variants = _resolved(call, x_TD.dtype)
     made, attention_saved = _attention_block(Activations(x_TD), call)
     made, y = in_tiles(_mlp_block, made, call)
     saved = _saved_names(call, x_TD.dtype)
     kept = Activations(*(t if name in saved else None for name, t in made._asdict().items()))  # type: ignore[arg-type]
-    return y, Saved(kept, attention_saved if "attended" in saved else ())
+    return y, Saved(kept, attention_saved if "attended" in saved else (), of_variants)
 
 
 def backward_layer(
@@ -50,7 +51,8 @@ def backward_layer(
 
     With `overwrite`, what was saved may be overwritten: this backward is its last.
     """
-    made, attention_saved = saved
+    made, attention_saved, of_variants = saved
+    given, (call, _) = call, _resolved(call, made.x.dtype, of_variants)
     if made.attended is None:
         made, attention_saved = _attention_block(made, call)
     elif made.x2 is None and call.parts.mlp_norm is not None:
@@ -63,7 +65,33 @@ def backward_layer(
     rest = [made._replace(x2=None, gate=None, up=None, h2=None, down=None)]
     del saved, made, dy_TD
     dx, attention_gradients = _attention_backward(dx2, dh1, rest.pop(), attention_saved, call, needs_dx)
-    return dx, [*attention_gradients, *mlp_gradients]
+    gradients = [*attention_gradients, *mlp_gradients]
+    return dx, _of_variants(given, call, gradients) if given.parts.has_variants else gradients
+
+
+def _resolved(
+    call: LayerCall, dtype: torch.dtype, kept: tuple[torch.Tensor | None, ...] = ()
+) -> tuple[LayerCall, tuple[torch.Tensor | None, ...]]:
+    """`call` on a residual stream of this dtype with plain LoRAs only, and what each linear layer keeps of making
+    them; `kept`, where it is the same layer's backward."""
+    parts = call.parts
+    if not parts.has_variants:
+        return call, ()
+    kept = kept or (None,) * len(parts.linears)
+    made = [linear.resolved(parts.dtype or dtype, k) for linear, k in zip(parts.linears, kept, strict=True)]
+    linears = iter([linear for linear, _ in made])
+    return call._replace(parts=parts.map_linears(lambda _: next(linears))), tuple(k for _, k in made)
+
+
+def _of_variants(
+    given: LayerCall, resolved: LayerCall, gradients: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """The gradients of what was trained, from those of what it was resolved to."""
+    made: list[torch.Tensor | None] = []
+    for linear, plain in zip(given.parts.linears, resolved.parts.linears, strict=True):
+        of_plain = gradients[len(made) : len(made) + 4]
+        made += of_plain if linear.variant is None else linear.variant.gradients(linear, plain, of_plain)
+    return made
 
 
 def _saved_names(call: LayerCall, dtype: torch.dtype) -> frozenset[str]:
@@ -237,7 +265,7 @@ def _mlp_backward(
     dy: torch.Tensor, made: Activations, call: LayerCall, overwrite: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
     """From dy to dx₂, to the part of dh₁ that comes from the MLP where that reads h₁, and the gradients of the
-    adapters of gate, up and down (A, B each)."""
+    adapters of gate, up and down (A, B and two without each)."""
     parts = call.parts
     overwrite = overwrite or made.gate is None  # what is computed again here is nobody else's
     made = _gate_up_block(made, call)
@@ -254,7 +282,7 @@ def _mlp_backward(
     x = _input(made.x2, made.h2, made.rstd2, parts.mlp_norm, parts.gate_up)
     da = a_gradients(dlow, x, parts.gate_up, seed=seed)
     dh2 = input_gradient(d.gate_up, dlow, parts.gate_up, seed=seed)
-    gradients = [*_interleave(da, d.db_gate_up), d.da_down, d.db_down]
+    gradients = [*_by_linear(da, d.db_gate_up), d.da_down, d.db_down, None, None]
     del d, x
     if parts.mlp_norm is None:
         return dy, dh2, gradients
@@ -315,7 +343,8 @@ def _attention_backward(
     call: LayerCall,
     needs_dx: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """From dx₂, and what the MLP adds to dh₁, to dx, and the gradients of the adapters of q, k, v and o (A, B each)."""
+    """From dx₂, and what the MLP adds to dh₁, to dx, and the gradients of the adapters of q, k, v and o (A, B and two
+    without each)."""
     parts, context = call.parts, call.context
     assert made.attended is not None
     do = _behind_backward(dx2, made.o, made.o_rstd, parts.post_attention_norm, call)
@@ -331,7 +360,7 @@ def _attention_backward(
         if t is not None
     )
     d_qkv = context.attention.backward(dattended, q, k, v, attended, attention_saved, context.seen, parts.scale)
-    made, o_gradients = made._replace(q=None, k=None, v=None, attended=None), _interleave(o.da, o.db)
+    made, o_gradients = made._replace(q=None, k=None, v=None, attended=None), _by_linear(o.da, o.db)
     del dattended, q, k, v, attended, o
     rows = [pick_rows(d.flatten(0, 1).flatten(1), context.rows_R) for d in d_qkv]
     del d_qkv
@@ -344,7 +373,7 @@ def _attention_backward(
     del rows
     x = _input(made.x, h1, made.rstd1, parts.input_norm, parts.qkv)
     qkv = lora_linear_backward(dy, x, made.low_qkv, parts.qkv, seed=call.seed + _QKV, needs_dx=needs_dx, narrow=narrow)
-    gradients = _interleave(qkv.da, qkv.db) + o_gradients
+    gradients = _by_linear(qkv.da, qkv.db) + o_gradients
     del dy, x
     if not needs_dx:
         return None, gradients
@@ -454,5 +483,5 @@ def _per_sequence(x_TD: torch.Tensor, context: StepContext, head_dim: int) -> to
     return spread_rows(x_TD, context.rows_R, tokens).view(context.batch, tokens // context.batch, -1, head_dim)
 
 
-def _interleave(da: list[torch.Tensor | None], db: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    return [gradient for pair in zip(da, db, strict=True) for gradient in pair]
+def _by_linear(da: list[torch.Tensor | None], db: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    return [gradient for pair in zip(da, db, strict=True) for gradient in (*pair, None, None)]

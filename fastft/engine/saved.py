@@ -66,3 +66,5 @@ class Saved(NamedTuple):
     made: Activations
     attention: tuple[torch.Tensor, ...]
     """Attention's own statistics."""
+    of_variants: tuple[torch.Tensor | None, ...] = ()
+    """What each linear layer keeps of resolving its adapter; nothing where all are plain LoRA."""

@@ -1,5 +1,6 @@
 """Models without a layer specification, and layers that cannot run fused as a whole: what stock gives, part by part."""
 
+import contextlib
 import copy
 import inspect
 import itertools
@@ -319,10 +320,10 @@ def test_several_active_adapters_and_disabled_ones(unknown, batch_of, step, erro
     assert reasons["layers.1.self_attn.k_proj"] == "fused (eager)"
 
 
-def test_adalora_and_other_methods_stay_stock(unknown, batch_of, step, error_of):
+def test_adalora_is_fused_and_other_methods_stay_stock(unknown, batch_of, step, error_of):
     for config, kind, reason in (
         (peft.AdaLoraConfig(init_r=4, total_step=10, target_modules=_QKVO, task_type="CAUSAL_LM"),
-         "linear", "SVDLinear of PEFT's method adalora is not plain LoRA"),
+         "linear", None),
         (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
          "linear", "Linear of PEFT's method ia3 is not LoRA"),
     ):  # fmt: skip
@@ -335,9 +336,9 @@ def test_adalora_and_other_methods_stay_stock(unknown, batch_of, step, error_of)
                 patch_model(model, backend="eager")
             results.append(step(model, batch_of("right"))[1])
         assert error_of(results[1], results[0]) < TOLERANCE
-        assert set(paths(model, kind).values()) == {reason}
+        assert set(paths(model, kind).values()) == {reason or "fused (eager)"}
         assert set(paths(model, "norm").values()) == {"fused (eager)"}
-        with pytest.raises(BackendError, match=reason):
+        with pytest.raises(BackendError, match=reason) if reason is not None else contextlib.nullcontext():
             patch_model(model, backend="eager", strict=True)
 
 
