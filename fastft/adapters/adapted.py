@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fastft.models.calls import Bound
 from fastft.models.quantized import dense_weight, is_quantized
 
 
@@ -39,6 +40,8 @@ class AdaptedLinear(NamedTuple):
     variant: "Variant | None" = None
     row_factors: torch.Tensor | None = None
     """(out), fp32 at least: W is the module's matrix with its rows scaled by these; None for the matrix itself."""
+    reads_output: bool = False
+    """Whether the backward of what was resolved to this asks for Σ_t dy · (y − bias)."""
 
     @property
     def trained(self) -> tuple[torch.Tensor | None, ...]:
@@ -69,7 +72,7 @@ class AdaptedLinear(NamedTuple):
 
 
 Gradients = Sequence[torch.Tensor | None]
-"""As `AdaptedLinear.trained`; or, of a resolved layer, of A and B, what `Variant.reads_output` asks for, and None."""
+"""As `AdaptedLinear.trained`; or, of a resolved layer, of A and B, what `reads_output` asks for, and None."""
 
 
 class Variant:
@@ -79,8 +82,6 @@ class Variant:
     """As people call it."""
     remakes: Literal["a", "b"]
     """Which of the two matrices a resolved layer has another one of; the other is read in the products' dtype."""
-    reads_output: bool = False
-    """Whether the vector's gradient is made of the layer's output."""
 
     def has(self, module: Any, adapter: str) -> bool:
         """Whether this `LoraLayer`'s adapter of this name is of this kind."""
@@ -93,6 +94,10 @@ class Variant:
     def called(self, module: Any, adapter: str) -> list[nn.Module]:
         """The modules that the layer calls for this adapter."""
         raise NotImplementedError
+
+    def bound(self) -> list[Bound]:
+        """What must stay as it is, beside the modules, for what was read of such adapters to hold."""
+        return []
 
     def read(self, module: Any, adapter: str, plain: AdaptedLinear) -> AdaptedLinear:
         """`plain`, which has the base layer, scaling and dropout, with the adapter's tensors."""
@@ -107,6 +112,6 @@ class Variant:
     def gradients(self, linear: AdaptedLinear, resolved: AdaptedLinear, of_resolved: Gradients) -> Gradients:
         """From the gradients of what `linear` was resolved to, to those of `linear.trained`.
 
-        The third of `of_resolved` is Σ_t dy · (y − bias) (out, fp32), where the variant reads the output.
+        The third of `of_resolved` is Σ_t dy · (y − bias) (out), where `resolved` reads its output.
         """
         raise NotImplementedError

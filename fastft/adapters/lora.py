@@ -80,7 +80,7 @@ def why_not_alone(module: nn.Module) -> str | None:
         if len(active) > 1:
             return f"{len(active)} adapters are active at once"
         if any(name in module.lora_variant and variant_of(module, name) is None for name in active):
-            return "its LoRA is a variant (such as DoRA)"
+            return "its LoRA is a variant that the engine does not know"
         if getattr(module, "fan_in_fan_out", False) and not isinstance(base, Conv1D):
             return "its weight is stored transposed"
         for name in active:

@@ -4,8 +4,9 @@ from typing import Any
 
 from fastft.adapters.adalora import AdaLora
 from fastft.adapters.adapted import Variant
+from fastft.adapters.dora import Dora
 
-VARIANTS: tuple[Variant, ...] = (AdaLora(),)
+VARIANTS: tuple[Variant, ...] = (AdaLora(), Dora())
 
 
 def variant_of(module: Any, adapter: str) -> Variant | None:

@@ -41,8 +41,9 @@ class Backend(NamedTuple):
     activate_adapted_backward: Callable[..., "Gradients"]
     add_adapted: Callable[..., torch.Tensor]
     rotate_adapted_: Callable[..., None]
+    column_products: Callable[..., torch.Tensor]
     max_rank: int
-    """The largest rank for which the four above pay; an adapter of another is added where it is made."""
+    """The largest rank for which the four of adapters pay; an adapter of another is added where it is made."""
     launches: Launches = DEFAULTS
     """How their kernels are laid out where that is not the default; eager ones have no kernels."""
 
@@ -67,18 +68,20 @@ TUNABLE = (
 def _eager() -> Backend:
     from fastft.kernels.activation import reference as activation
     from fastft.kernels.adapted import reference as adapted
+    from fastft.kernels.column_products import reference as column_products
     from fastft.kernels.cross_entropy import reference as cross_entropy
     from fastft.kernels.lora_linear import reference as lora_linear
     from fastft.kernels.norm import reference as norm
     from fastft.kernels.row_statistics import reference as row_statistics
 
-    return _collect("eager", norm, lora_linear, activation, cross_entropy, row_statistics, adapted, 0)
+    return _collect("eager", norm, lora_linear, activation, cross_entropy, row_statistics, adapted, column_products, 0)
 
 
 def _triton() -> Backend:
     try:
         from fastft.kernels.activation import triton as activation
         from fastft.kernels.adapted import triton as adapted
+        from fastft.kernels.column_products import triton as column_products
         from fastft.kernels.cross_entropy import triton as cross_entropy
         from fastft.kernels.launches import MAX_RANK
         from fastft.kernels.lora_linear import triton as lora_linear
@@ -88,7 +91,9 @@ def _triton() -> Backend:
         raise BackendError(
             "backend triton needs the triton package", got=str(error), fix="pip install 'triton>=3.6' on Linux"
         ) from error
-    return _collect("triton", norm, lora_linear, activation, cross_entropy, row_statistics, adapted, MAX_RANK)
+    return _collect(
+        "triton", norm, lora_linear, activation, cross_entropy, row_statistics, adapted, column_products, MAX_RANK
+    )
 
 
 def _collect(
@@ -99,6 +104,7 @@ def _collect(
     cross_entropy: Any,
     row_statistics: Any,
     adapted: Any,
+    column_products: Any,
     max_rank: int,
 ) -> Backend:
     return Backend(
@@ -115,6 +121,7 @@ def _collect(
         adapted.activate_backward,
         adapted.add,
         adapted.rotate_,
+        column_products.column_products,
         max_rank,
     )
 

@@ -1,8 +1,9 @@
 """One decoder layer, forward and backward, written by hand over the backend's operations.
 
 The placement policy decides what is saved; whatever is not saved is computed again from what is.  No policy needs the
-down projection's output, so it is never recomputed, unless a norm stands behind it.  `fastft.engine.stack` makes
-autograd call these functions.  What a family's layer looks like is data (`fastft.models.spec`).
+down projection's output, so it is never recomputed, unless a norm stands behind it or its adapter reads it (DoRA).
+`fastft.engine.stack` makes autograd call these functions.  What a family's layer looks like is data
+(`fastft.models.spec`).
 
 Legend: B batch, S sequence, T tokens (B·S, or the R real ones where padding is left out), D model, F feed-forward,
 H query heads, K key/value heads, d head size.
@@ -17,6 +18,7 @@ from fastft.adapters.adapted import AdaptedLinear
 from fastft.engine.parts import LayerCall, StepContext
 from fastft.engine.saved import SAVED, Activations, Saved
 from fastft.engine.tiles import backward_in_tiles, in_tiles
+from fastft.engine.variants import by_linear, halves, of_variants, output_products, resolved, with_term
 from fastft.kernels.lora_linear import AdapterTerm
 from fastft.kernels.lora_linear.reference import (
     ScaledInput,
@@ -36,12 +38,12 @@ _QKV, _O, _GATE_UP, _DOWN = 0, 3, 4, 6
 
 def forward_layer(x_TD: torch.Tensor, call: LayerCall) -> tuple[torch.Tensor, Saved]:
     """The layer's output (T × D, dtype of `x_TD`), and what `call.policy` saves."""
-    call, of_variants = _resolved(call, x_TD.dtype)
+    call, kept_of_variants = resolved(call, x_TD.dtype)
     made, attention_saved = _attention_block(Activations(x_TD), call)
     made, y = in_tiles(_mlp_block, made, call)
     saved = _saved_names(call, x_TD.dtype)
     kept = Activations(*(t if name in saved else None for name, t in made._asdict().items()))  # type: ignore[arg-type]
-    return y, Saved(kept, attention_saved if "attended" in saved else (), of_variants)
+    return y, Saved(kept, attention_saved if "attended" in saved else (), kept_of_variants)
 
 
 def backward_layer(
@@ -51,8 +53,8 @@ def backward_layer(
 
     With `overwrite`, what was saved may be overwritten: this backward is its last.
     """
-    made, attention_saved, of_variants = saved
-    given, (call, _) = call, _resolved(call, made.x.dtype, of_variants)
+    made, attention_saved, kept_of_variants = saved
+    given, (call, _) = call, resolved(call, made.x.dtype, kept_of_variants)
     if made.attended is None:
         made, attention_saved = _attention_block(made, call)
     elif made.x2 is None and call.parts.mlp_norm is not None:
@@ -66,32 +68,7 @@ def backward_layer(
     del saved, made, dy_TD
     dx, attention_gradients = _attention_backward(dx2, dh1, rest.pop(), attention_saved, call, needs_dx)
     gradients = [*attention_gradients, *mlp_gradients]
-    return dx, _of_variants(given, call, gradients) if given.parts.has_variants else gradients
-
-
-def _resolved(
-    call: LayerCall, dtype: torch.dtype, kept: tuple[torch.Tensor | None, ...] = ()
-) -> tuple[LayerCall, tuple[torch.Tensor | None, ...]]:
-    """`call` on a residual stream of this dtype with plain LoRAs only, and what each linear layer keeps of making
-    them; `kept`, where it is the same layer's backward."""
-    parts = call.parts
-    if not parts.has_variants:
-        return call, ()
-    kept = kept or (None,) * len(parts.linears)
-    made = [linear.resolved(parts.dtype or dtype, k) for linear, k in zip(parts.linears, kept, strict=True)]
-    linears = iter([linear for linear, _ in made])
-    return call._replace(parts=parts.map_linears(lambda _: next(linears))), tuple(k for _, k in made)
-
-
-def _of_variants(
-    given: LayerCall, resolved: LayerCall, gradients: Sequence[torch.Tensor | None]
-) -> list[torch.Tensor | None]:
-    """The gradients of what was trained, from those of what it was resolved to."""
-    made: list[torch.Tensor | None] = []
-    for linear, plain in zip(given.parts.linears, resolved.parts.linears, strict=True):
-        of_plain = gradients[len(made) : len(made) + 4]
-        made += of_plain if linear.variant is None else linear.variant.gradients(linear, plain, of_plain)
-    return made
+    return dx, of_variants(given, call, gradients) if given.parts.has_variants else gradients
 
 
 def _saved_names(call: LayerCall, dtype: torch.dtype) -> frozenset[str]:
@@ -103,9 +80,9 @@ def _saved_names(call: LayerCall, dtype: torch.dtype) -> frozenset[str]:
         names -= {"h2"}
     if call.policy == "keep":
         return names
-    if parts.head_norms is not None:
+    if _keeps_q_and_k(call):
         names -= {"q", "k"}
-    if parts.post_attention_norm is not None or parts.mlp_norm is None:
+    if _keeps_o(call) or parts.mlp_norm is None:
         names -= {"x2", "rstd2"}
     return names
 
@@ -133,11 +110,14 @@ def _attention_block(made: Activations, call: LayerCall) -> tuple[Activations, t
 
 
 def _heads_block(made: Activations, q: torch.Tensor | None, k: torch.Tensor | None, call: LayerCall) -> Activations:
-    """From the projections to the queries and keys that attention takes; without norms, in their place."""
+    """From the projections to the queries and keys that attention takes; in their place, unless they are kept."""
     assert q is not None
     assert k is not None
-    if call.parts.head_norms is not None:
+    if _keeps_q_and_k(call):
         made = made._replace(q_in=q, k_in=k)
+        if call.parts.head_norms is None:
+            q, k = q.clone(), k.clone()
+    if call.parts.head_norms is not None:
         q_norm, k_norm = call.parts.head_norms
         q, q_rstd = _normalise_heads(q, q_norm, call)
         k, k_rstd = _normalise_heads(k, k_norm, call)
@@ -153,7 +133,7 @@ def _residual_block(made: Activations, o: torch.Tensor | None, call: LayerCall) 
     parts = call.parts
     assert o is not None
     branch, o_rstd = _behind(o, parts.post_attention_norm, call)
-    if parts.post_attention_norm is not None:
+    if _keeps_o(call):
         made = made._replace(o=o, o_rstd=o_rstd)
     if parts.mlp_norm is None:
         return made._replace(x2=torch.add(made.x, branch, alpha=parts.residual_multiplier), h2=made.h1)
@@ -211,7 +191,7 @@ def _down_block(made: Activations, call: LayerCall) -> tuple[Activations, torch.
         act, (parts.down,), seed=call.seed + _DOWN, low_TR=made.low_down, left_out=(0,) if _residual_adds(call) else ()
     )
     made = made._replace(low_down=low_down)
-    return (made if parts.post_mlp_norm is None else made._replace(down=down)), down
+    return (made._replace(down=down) if _keeps_down(call) else made), down
 
 
 def _second_residual(made: Activations, y: torch.Tensor, call: LayerCall) -> tuple[Activations, torch.Tensor]:
@@ -222,15 +202,31 @@ def _second_residual(made: Activations, y: torch.Tensor, call: LayerCall) -> tup
         (term,) = adapter_terms(made.low_down, (parts.down,))
         return made, call.ops.add_adapted(y, made.x2, term, parts.residual_multiplier)
     y, down_rstd = _behind(y, parts.post_mlp_norm, call)
-    out = y if y.dtype == made.x2.dtype else None
+    out = y if y.dtype == made.x2.dtype and y is not made.down else None
     return made._replace(down_rstd=down_rstd), torch.add(made.x2, y, alpha=parts.residual_multiplier, out=out)
+
+
+def _keeps_q_and_k(call: LayerCall) -> bool:
+    """Whether the backward reads what the projections give, before norms and rotation."""
+    parts = call.parts
+    return parts.head_norms is not None or any(linear.reads_output for linear in parts.qkv[:2])
+
+
+def _keeps_o(call: LayerCall) -> bool:
+    """Whether the backward reads what o gives."""
+    return call.parts.post_attention_norm is not None or call.parts.o.reads_output
+
+
+def _keeps_down(call: LayerCall) -> bool:
+    """Whether the backward reads what the down projection gives."""
+    return call.parts.post_mlp_norm is not None or call.parts.down.reads_output
 
 
 def _rotation_adds(call: LayerCall) -> bool:
     """Whether the rotation adds the terms of q and k, which nothing else comes before."""
     parts = call.parts
     ranks = [linear.a.shape[0] for linear in parts.qkv[:2] if linear.a is not None]
-    apart = len(parts.qkv) == 3 and parts.head_norms is None and parts.rotary
+    apart = len(parts.qkv) == 3 and parts.rotary and not _keeps_q_and_k(call)
     return apart and len(ranks) == 2 and max(ranks) <= call.ops.max_rank
 
 
@@ -245,8 +241,8 @@ def _activation_adds(call: LayerCall) -> bool:
 
 def _residual_adds(call: LayerCall) -> bool:
     """Whether the residual addition adds the term of down."""
-    parts, a = call.parts, call.parts.down.a
-    return parts.post_mlp_norm is None and a is not None and a.shape[0] <= call.ops.max_rank
+    a = call.parts.down.a
+    return not _keeps_down(call) and a is not None and a.shape[0] <= call.ops.max_rank
 
 
 def _gate_up_terms(made: Activations, call: LayerCall) -> tuple[AdapterTerm | None, AdapterTerm | None]:
@@ -269,20 +265,26 @@ def _mlp_backward(
     parts = call.parts
     overwrite = overwrite or made.gate is None  # what is computed again here is nobody else's
     made = _gate_up_block(made, call)
-    if parts.post_mlp_norm is not None and made.down is None:
+    if _keeps_down(call) and made.down is None:
         made = _down_block(made, call)[0]
     ddown = _behind_backward(dy, made.down, made.down_rstd, parts.post_mlp_norm, call)
-    d = _through_activation(ddown, made, call, overwrite)
+    # Where gate and up are still to be read, their gradients must not take their places.
+    reads = any(linear.reads_output for linear in parts.gate_up)
+    d = _through_activation(ddown, made, call, overwrite and not reads)
+    of_gate_up = output_products(halves(d.gate_up, call), (made.gate, made.up), parts.gate_up, call)
+    if _activation_adds(call):
+        of_gate_up = list(map(with_term, of_gate_up, d.db_gate_up, parts.gate_up))
+    (of_down,) = output_products((ddown,), (made.down,), (parts.down,), call)
     del ddown
     seed = call.seed + _GATE_UP
-    made = made._replace(gate=None, up=None)
+    made = made._replace(gate=None, up=None, down=None)
     dlow = low_rank_gradient(d.gate_up, parts.gate_up)
     if dlow is not None and not _scales(parts.mlp_norm, parts.gate_up, dy.dtype):
         made = _mlp_input(made, call)
     x = _input(made.x2, made.h2, made.rstd2, parts.mlp_norm, parts.gate_up)
     da = a_gradients(dlow, x, parts.gate_up, seed=seed)
     dh2 = input_gradient(d.gate_up, dlow, parts.gate_up, seed=seed)
-    gradients = [*_by_linear(da, d.db_gate_up), d.da_down, d.db_down, None, None]
+    gradients = [*by_linear(da, d.db_gate_up, of_gate_up), d.da_down, d.db_down, of_down, None]
     del d, x
     if parts.mlp_norm is None:
         return dy, dh2, gradients
@@ -351,6 +353,7 @@ def _attention_backward(
     narrow = call.ops.narrow_gradients
     o = lora_linear_backward((do,), made.attended, made.low_o, (parts.o,), seed=call.seed + _O, narrow=narrow)
     assert o.dx_TI is not None
+    of_o = output_products((do,), (made.o,), (parts.o,), call)
     del do
     if made.q is None:
         made = _heads_block(made, made.q_in, made.k_in, call)
@@ -360,7 +363,8 @@ def _attention_backward(
         if t is not None
     )
     d_qkv = context.attention.backward(dattended, q, k, v, attended, attention_saved, context.seen, parts.scale)
-    made, o_gradients = made._replace(q=None, k=None, v=None, attended=None), _by_linear(o.da, o.db)
+    outputs = (made.q_in, made.k_in, made.v) if any(linear.reads_output for linear in parts.qkv) else ()
+    made, o_gradients = made._replace(q=None, k=None, v=None, attended=None), by_linear(o.da, o.db, of_o)
     del dattended, q, k, v, attended, o
     rows = [pick_rows(d.flatten(0, 1).flatten(1), context.rows_R) for d in d_qkv]
     del d_qkv
@@ -369,11 +373,12 @@ def _attention_backward(
     adapted = any(linear.a is not None for linear in parts.qkv)
     if h1 is None and adapted and not _scales(parts.input_norm, parts.qkv, made.x.dtype):
         h1, _ = call.ops.normalise(made.x, parts.input_norm)
+    of_qkv = output_products(rows, outputs, parts.qkv, call)
     dy = rows if len(parts.qkv) == len(rows) else [torch.cat(rows, dim=1)]
-    del rows
+    del rows, outputs
     x = _input(made.x, h1, made.rstd1, parts.input_norm, parts.qkv)
     qkv = lora_linear_backward(dy, x, made.low_qkv, parts.qkv, seed=call.seed + _QKV, needs_dx=needs_dx, narrow=narrow)
-    gradients = _by_linear(qkv.da, qkv.db) + o_gradients
+    gradients = by_linear(qkv.da, qkv.db, of_qkv) + o_gradients
     del dy, x
     if not needs_dx:
         return None, gradients
@@ -481,7 +486,3 @@ def _per_sequence(x_TD: torch.Tensor, context: StepContext, head_dim: int) -> to
     """(T × heads·d) as (B, S, heads, d), with padding back in its place."""
     tokens = context.tokens
     return spread_rows(x_TD, context.rows_R, tokens).view(context.batch, tokens // context.batch, -1, head_dim)
-
-
-def _by_linear(da: list[torch.Tensor | None], db: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    return [gradient for pair in zip(da, db, strict=True) for gradient in (*pair, None, None)]

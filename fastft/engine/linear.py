@@ -64,7 +64,9 @@ class LoraLinear(torch.autograd.Function):
                 kept = (x_TI, low_TR, path_to(x))
             # W and what is trained only so that autograd notices when they are changed between forward and backward.
             weight = linear.module.weight if needs_x and not is_quantized(linear.module) else None
-            ctx.save_for_backward(*kept, weight, *trained[:4])
+            # Somebody may change the output in place.
+            y = y_TO.clone() if linear.reads_output and y_TO.dtype == output else y_TO
+            ctx.save_for_backward(*kept, weight, *trained[:4], y if linear.reads_output else None)
         # Autograd forbids changing in place what a function returns as a view, and models do such things.
         return torch.ops.aten._unsafe_view(y_TO.to(output), (*x.shape[:-1], y_TO.shape[-1]))
 
@@ -72,7 +74,7 @@ class LoraLinear(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """Gradients of what the forward was given and wants one."""
-        x, low_TR, *_ = ctx.saved_tensors
+        x, low_TR, *_, y_TO = ctx.saved_tensors
         x_TI = None if x is None else x.reshape(-1, x.shape[-1])
         given: AdaptedLinear = ctx.linear
         needs_x, _, _, _, _, *needs = ctx.needs_input_grad
@@ -88,7 +90,8 @@ class LoraLinear(torch.autograd.Function):
                 sum_O = dy_TO.sum(0, dtype=torch.float32)
                 for index, (bias, factor) in enumerate([(linear.bias, 1.0), (linear.b_bias, linear.scaling)]):
                     biases[index] = None if bias is None else (factor * sum_O).to(bias.dtype)
-            of_adapter: Gradients = made.da[0], made.db[0], None, None
+            products_O = None if y_TO is None else ctx.ops.column_products(dy_TO, y_TO, linear.bias)
+            of_adapter: Gradients = made.da[0], made.db[0], products_O, None
             if given.variant is not None:
                 of_adapter = given.variant.gradients(given, linear, of_adapter)
         gradients = (*of_adapter, *biases)

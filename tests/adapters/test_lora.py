@@ -97,7 +97,8 @@ def test_a_plain_linear_layer_has_no_adapter():
 @pytest.mark.parametrize(
     ("lora", "reason"),
     [
-        ({"use_dora": True}, "its LoRA is a variant (such as DoRA)"),
+        ({"use_dora": True}, None),
+        ({"use_dora": True, "lora_dropout": 0.1}, "its DoRA has dropout"),
         ({"lora_bias": True}, "its LoRA has a bias"),
         ({"bias": "lora_only"}, None),
         ({"modules_to_save": ["lm_head"]}, "the head is peft.utils.other.ModulesToSaveWrapper"),
