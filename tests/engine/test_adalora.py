@@ -9,11 +9,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from fastft import ledger_of, patch_model
 from fastft.engine.bank import bank_of
 from fastft.engine.state import state_of
+from fastft.models.loading import quantization_config
+from fastft.models.shapes import SHAPES
 from fastft.plan import POLICIES
 from peft_models import randomize_adapters
 
@@ -183,6 +186,31 @@ def test_without_a_layer_specification_it_runs_part_by_part(toy_base, batch_of, 
     assert error_of(fused, gradients) < TOLERANCE
     assert ledger_of(model).counts()["linear: fused (eager)"] == 7
     hook.remove()
+
+
+@pytest.mark.parametrize("placement", ["keep", "full"])
+def test_quantized_weights(placement, device, tmp_path, batch_of, step, error_of):
+    pytest.importorskip("bitsandbytes")
+    config = SHAPES["toy-llama"].to_config()
+    config.initializer_range = 0.1
+    torch.manual_seed(1)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    try:
+        base = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, dtype=torch.float32, device_map={"": str(device)},
+            quantization_config=quantization_config("nf4", torch.float32),
+        )  # fmt: skip
+    except (RuntimeError, ImportError, NotImplementedError) as error:
+        pytest.skip(f"bitsandbytes cannot quantize here: {error}")
+    settings = peft.AdaLoraConfig(init_r=4, total_step=10, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = randomize_adapters(peft.get_peft_model(base, settings)).train()
+    batch = batch_of("right")
+    loss, gradients = step(model, batch)
+    patch_model(model, backend="eager", placement=placement, strict=True)
+    fused_loss, fused = step(model, batch)
+    assert fused_loss == pytest.approx(loss, rel=1e-5)
+    assert error_of(fused, gradients) < TOLERANCE
+    assert_all_fused(model)
 
 
 def test_merged_disabled_frozen_and_without_gradients(adalora, batch_of, step, error_of):
