@@ -21,6 +21,7 @@ from typing import Any
 
 METHODS = ("sft", "sft-packed", "dpo", "orpo", "kto", "reward", "grpo", "rloo")
 _KINDS = {"sft-packed": "SFT", "kto": "KTO", "reward": "Reward"}
+ADAPTERS = ("lora", "dora", "adalora")
 _LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -35,7 +36,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpointing", choices=("on", "off"), default="on")
     parser.add_argument("--batch", type=int, default=4, help="rows, or pairs, a step")
     parser.add_argument("--tokens", type=int, default=2048, help="of a row, or of one answer with its prompt")
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument(
+        "--adapter", choices=ADAPTERS, default="lora", help="adalora with rank allocation, in both arms"
+    )
+    parser.add_argument("--rank", type=int, default=16, help="AdaLoRA goes from this to half of it")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--warmup", type=int, default=4, help="steps that are not counted")
@@ -90,9 +94,9 @@ def _trainer(asked: argparse.Namespace, on_gpu: bool) -> tuple[Any, Any]:
     import trl
     import trl.experimental.orpo
     from datasets import Dataset
-    from peft import LoraConfig, prepare_model_for_kbit_training
+    from peft import prepare_model_for_kbit_training
 
-    from fastft import ledger_of
+    from fastft import AdaLoraCallback, ledger_of
 
     method = asked.method.partition("-")[0]
     kind = _KINDS.get(asked.method, method.upper())
@@ -122,10 +126,8 @@ def _trainer(asked: argparse.Namespace, on_gpu: bool) -> tuple[Any, Any]:
         args=arguments,
         train_dataset=Dataset.from_list(_rows(asked, method, tokenizer)),
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=asked.rank, lora_alpha=asked.rank, lora_dropout=asked.dropout, target_modules=_LINEARS,
-            task_type="SEQ_CLS" if method == "reward" else "CAUSAL_LM",
-        ),
+        peft_config=_adapter(asked, "SEQ_CLS" if method == "reward" else "CAUSAL_LM"),
+        callbacks=[AdaLoraCallback()] if asked.adapter == "adalora" else [],
         **given,
     )  # fmt: skip
 
@@ -134,6 +136,21 @@ def _trainer(asked: argparse.Namespace, on_gpu: bool) -> tuple[Any, Any]:
         return None if ledger is None else ledger.counts()
 
     return trainer, counts
+
+
+def _adapter(asked: argparse.Namespace, task: str) -> Any:
+    """PEFT's configuration; a tenth of AdaLoRA's steps go before its allocation, and a fifth behind it."""
+    from peft import AdaLoraConfig, LoraConfig
+
+    shared: dict[str, Any] = {
+        "lora_alpha": asked.rank, "lora_dropout": asked.dropout, "target_modules": _LINEARS, "task_type": task,
+    }  # fmt: skip
+    if asked.adapter != "adalora":
+        return LoraConfig(r=asked.rank, use_dora=asked.adapter == "dora", **shared)
+    return AdaLoraConfig(
+        init_r=asked.rank, target_r=max(1, asked.rank // 2), tinit=asked.steps // 10, tfinal=asked.steps // 5,
+        total_step=asked.steps, **shared,
+    )  # fmt: skip
 
 
 def _model(asked: argparse.Namespace, on_gpu: bool, method: str) -> Any:

@@ -5,13 +5,15 @@ callbacks expect them, and are looked up again in every forward.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fastft.adapters.adapted import AdaptedLinear
+from fastft.adapters.variants import variant_of
 from fastft.models.identity import (
     is_own,
     why_called_otherwise,
@@ -20,7 +22,7 @@ from fastft.models.identity import (
     why_no_values,
     why_own_method,
 )
-from fastft.models.quantized import dense_weight, is_packed_for_cpu, is_quantized
+from fastft.models.quantized import is_packed_for_cpu, is_quantized
 
 _CAPTURING = "transformers.utils.output_capturing"
 """Its hooks stay once hidden states or attention weights were asked for; idle, unless they are asked for again."""
@@ -33,29 +35,6 @@ _LIKE_LINEAR = ("FalconLinear",)
 _STAND_INS: set[Callable[..., Any]] = set()
 
 
-class AdaptedLinear(NamedTuple):
-    """y = x·Wᵀ + bias + scaling · (dropout(x)·Aᵀ·Bᵀ + b_bias), with W (out × in), A (rank × in), B (out × rank)."""
-
-    module: nn.Module
-    """The base layer; `weight` makes its matrix dense."""
-    bias: torch.Tensor | None
-    a: torch.Tensor | None
-    b: torch.Tensor | None
-    scaling: float
-    dropout: float
-    b_bias: torch.Tensor | None = None
-    """(out); PEFT's `lora_bias`."""
-    dense: torch.Tensor | None = None
-    """The matrix of a quantized layer, where that stays on the device."""
-
-    def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """The frozen matrix (out × in) in `dtype`; a quantized one that does not stay dense is dequantized anew."""
-        if self.dense is not None and self.dense.dtype == dtype:
-            return self.dense
-        weight = dense_weight(self.module, dtype)
-        return weight.t() if isinstance(self.module, Conv1D) else weight
-
-
 def read_linear(module: nn.Module) -> AdaptedLinear:
     """The tensors of `module`, a plain or LoRA-adapted linear layer for which `why_not_fused` is None."""
     if not isinstance(module, LoraLayer):
@@ -66,18 +45,15 @@ def read_linear(module: nn.Module) -> AdaptedLinear:
         return AdaptedLinear(base, _bias(base), None, None, 0.0, 0.0)
     (name,) = active
     dropout = module.lora_dropout[name]
+    rate = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
+    plain = AdaptedLinear(base, _bias(base), None, None, float(module.scaling[name]), rate)
+    variant = variant_of(module, name)
+    if variant is not None:
+        return variant.read(module, name, plain)
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
     assert isinstance(a, torch.Tensor)
     assert isinstance(b, torch.Tensor)
-    return AdaptedLinear(
-        base,
-        _bias(base),
-        a,
-        b,
-        float(module.scaling[name]),
-        float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0,
-        _bias(module.lora_B[name]),
-    )
+    return plain._replace(a=a, b=b, b_bias=_bias(module.lora_B[name]))
 
 
 def why_not_fused(module: nn.Module) -> str | None:
@@ -89,8 +65,8 @@ def why_not_alone(module: nn.Module) -> str | None:
     """Why `fastft.engine.linear` cannot compute this linear layer, called as such, or None where it can."""
     base = module
     if isinstance(module, LoraLayer):
-        # AdaLoRA's layers, for one, are LoraLayers too, and compute something else.
-        if type(module).__module__.rpartition(".")[0] != "peft.tuners.lora":
+        # Other methods' layers may be LoraLayers too, and compute something else.
+        if not _is_known(module):
             return f"{method_of(module)} is not plain LoRA"
         if not is_own(type(module).forward):
             return f"{type(module).__name__} has another forward than PEFT's"
@@ -103,8 +79,8 @@ def why_not_alone(module: nn.Module) -> str | None:
         active = [name for name in module.active_adapters if name in module.lora_A]
         if len(active) > 1:
             return f"{len(active)} adapters are active at once"
-        if any(name in module.lora_variant for name in active):
-            return "its LoRA is a variant (such as DoRA)"
+        if any(name in module.lora_variant and variant_of(module, name) is None for name in active):
+            return "its LoRA is a variant that the engine does not know"
         if getattr(module, "fan_in_fan_out", False) and not isinstance(base, Conv1D):
             return "its weight is stored transposed"
         for name in active:
@@ -137,26 +113,40 @@ def method_of(module: nn.Module) -> str:
     return f"{type(module).__name__} of PEFT's method {package}"
 
 
+def _is_known(module: Any) -> bool:
+    """Whether the adapters of this `LoraLayer` are plain LoRA, or may be a variant."""
+    if type(module).__module__.rpartition(".")[0] == "peft.tuners.lora":
+        return True
+    return any(variant_of(module, name) is not None for name in module.lora_A)
+
+
 def _why_no_adapter(module: Any, name: str) -> str | None:
     """Why the matrices of adapter `name` cannot be taken for what it computes, or None."""
-    for linear in (module.lora_A[name], module.lora_B[name]):
-        if type(linear) is not nn.Linear:
-            return f"it is a {type(linear).__module__}.{type(linear).__name__}"
-        if linear._parameters.get("weight") is None:
-            return "its weight is no parameter"
-    reason = why_no_number(module.scaling[name])
-    if reason is not None:
-        return f"its scaling is {reason}"
-    reason = why_no_linear()
+    variant = variant_of(module, name)
+    reason = _why_no_matrices(module, name) if variant is None else variant.why_not(module, name)
+    if reason is None and (number := why_no_number(module.scaling[name])) is not None:
+        reason = f"its scaling is {number}"
+    reason = reason or why_no_linear()
     if reason is not None:
         return reason
     dropout = module.lora_dropout[name]
     if type(dropout) not in (nn.Dropout, nn.Identity) or not is_own(type(dropout).forward):
         return f"its dropout is a {type(dropout).__name__}"
-    for part in (module.lora_A[name], module.lora_B[name], dropout):
+    called = [module.lora_A[name], module.lora_B[name], dropout] if variant is None else variant.called(module, name)
+    for part in called:
         reason = why_called(part)
         if reason is not None:
             return reason
+    return None
+
+
+def _why_no_matrices(module: Any, name: str) -> str | None:
+    """Why A and B of adapter `name` are no plain linear layers, or None."""
+    for linear in (module.lora_A[name], module.lora_B[name]):
+        if type(linear) is not nn.Linear:
+            return f"it is a {type(linear).__module__}.{type(linear).__name__}"
+        if linear._parameters.get("weight") is None:
+            return "its weight is no parameter"
     return None
 
 

@@ -42,6 +42,7 @@ class Backend(NamedTuple):
     activate_adapted_backward: Callable[..., "Gradients"]
     add_adapted: Callable[..., torch.Tensor]
     rotate_adapted_: Callable[..., None]
+    column_products: Callable[..., torch.Tensor]
     dropout: "Dropout"
     max_rank: int
     """The largest rank for which the adapted ones pay; an adapter of another is added where it is made."""
@@ -69,19 +70,23 @@ TUNABLE = (
 def _eager() -> Backend:
     from fastft.kernels.activation import reference as activation
     from fastft.kernels.adapted import reference as adapted
+    from fastft.kernels.column_products import reference as column_products
     from fastft.kernels.cross_entropy import reference as cross_entropy
     from fastft.kernels.dropout import reference as dropout
     from fastft.kernels.lora_linear import reference as lora_linear
     from fastft.kernels.norm import reference as norm
     from fastft.kernels.row_statistics import reference as row_statistics
 
-    return _collect("eager", norm, lora_linear, activation, cross_entropy, row_statistics, adapted, dropout, 0)
+    return _collect(
+        "eager", norm, lora_linear, activation, cross_entropy, row_statistics, adapted, column_products, dropout, 0
+    )
 
 
 def _triton() -> Backend:
     try:
         from fastft.kernels.activation import triton as activation
         from fastft.kernels.adapted import triton as adapted
+        from fastft.kernels.column_products import triton as column_products
         from fastft.kernels.cross_entropy import triton as cross_entropy
         from fastft.kernels.dropout import triton as dropout
         from fastft.kernels.launches import MAX_RANK
@@ -92,7 +97,18 @@ def _triton() -> Backend:
         raise BackendError(
             "backend triton needs the triton package", got=str(error), fix="pip install 'triton>=3.6' on Linux"
         ) from error
-    return _collect("triton", norm, lora_linear, activation, cross_entropy, row_statistics, adapted, dropout, MAX_RANK)
+    return _collect(
+        "triton",
+        norm,
+        lora_linear,
+        activation,
+        cross_entropy,
+        row_statistics,
+        adapted,
+        column_products,
+        dropout,
+        MAX_RANK,
+    )
 
 
 def _collect(
@@ -103,6 +119,7 @@ def _collect(
     cross_entropy: Any,
     row_statistics: Any,
     adapted: Any,
+    column_products: Any,
     dropout: Any,
     max_rank: int,
 ) -> Backend:
@@ -122,6 +139,7 @@ def _collect(
         adapted.activate_backward,
         adapted.add,
         adapted.rotate_,
+        column_products.column_products,
         Dropout(dropout.masks, dropout.low_rank, dropout.a_gradients, dropout.input_gradient),
         max_rank,
     )

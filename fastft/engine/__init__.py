@@ -11,6 +11,7 @@ A forward of a model of a known family (`fastft.models.spec`) goes straight thro
     stack.py          is the autograd function of all layers
     runs.py           runs layers one after the other, forward and backward
     layer.py          is one decoder layer: forward, backward, and what each policy saves
+    variants.py       resolves adapters that are variants of LoRA before a layer, and makes their gradients behind it
     tiles.py          runs its MLP over some rows at a time
     norm.py           is the final norm
     loss.py           is head and cross-entropy, in chunks of labelled rows

@@ -16,14 +16,14 @@ Legend: N elements of the buffer, padding between the matrices included.
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.utils.dlpack
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastft.adapters.lora import AdaptedLinear
+from fastft.adapters.adapted import AdaptedLinear
 from fastft.engine.parts import LayerParts
 
 ALIGNMENT = 256
@@ -98,9 +98,12 @@ class AdapterBank:
         def replace(linear: AdaptedLinear) -> AdaptedLinear:
             if linear.a is None or linear.b is None:
                 return linear
-            return linear._replace(a=of[id(linear.a)], b=of[id(linear.b)])
+            # What is made anew for each forward is made of the parameter itself, and rounded once.
+            remade = None if linear.variant is None else linear.variant.remakes
+            a, b = linear.a, linear.b
+            return linear._replace(a=a if remade == "a" else of[id(a)], b=b if remade == "b" else of[id(b)])
 
-        return [map_linears(parts, replace) for parts in layers]
+        return [parts.map_linears(replace) for parts in layers]
 
     def refresh(self) -> None:
         """Copy the parameters' values into the copy that the layers read: one kernel."""
@@ -198,20 +201,10 @@ def bank_of(parameter: torch.Tensor) -> AdapterBank | None:
     return _BANKS.get(id(parameter))
 
 
-def map_linears(parts: LayerParts, change: Callable[[AdaptedLinear], AdaptedLinear]) -> LayerParts:
-    """`parts` with every linear layer replaced by what `change` makes of it."""
-    changed: dict[str, Any] = {}
-    for name, value in parts._asdict().items():
-        if isinstance(value, AdaptedLinear):
-            changed[name] = change(value)
-        elif isinstance(value, tuple) and value and all(isinstance(each, AdaptedLinear) for each in value):
-            changed[name] = tuple(map(change, value))
-    return parts._replace(**changed)
-
-
 def in_bank_order(of_adapters: Sequence[Any]) -> list[Any]:
-    """What stands for `LayerParts.adapters` (A and B by turns), in a bank's order: all A, then all B."""
-    return [*of_adapters[0::2], *of_adapters[1::2]]
+    """What stands for `LayerParts.adapters` (A, B, vector and number by turns), in a bank's order: all A, all B and so
+    on."""
+    return [*of_adapters[0::4], *of_adapters[1::4], *of_adapters[2::4], *of_adapters[3::4]]
 
 
 def _in_order(layers: Sequence[LayerParts]) -> list[Any]:

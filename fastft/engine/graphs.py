@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
-from fastft.adapters.lora import AdaptedLinear
+from fastft.adapters.adapted import AdaptedLinear
 from fastft.engine.bank import AdapterBank
 from fastft.engine.offload import HostBuffers
 from fastft.engine.parts import LayerCall, LayerParts, StepContext

@@ -1,8 +1,9 @@
 """One decoder layer, forward and backward, written by hand over the backend's operations.
 
 The placement policy decides what is saved; whatever is not saved is computed again from what is.  No policy needs the
-down projection's output, so it is never recomputed, unless a norm stands behind it.  `fastft.engine.stack` makes
-autograd call these functions.  What a family's layer looks like is data (`fastft.models.spec`).
+down projection's output, so it is never recomputed, unless a norm stands behind it or its adapter reads it (DoRA).
+`fastft.engine.stack` makes autograd call these functions.  What a family's layer looks like is data
+(`fastft.models.spec`).
 
 Legend: B batch, S sequence, T tokens (B·S, or the R real ones where padding is left out), D model, F feed-forward,
 H query heads, K key/value heads, d head size.
@@ -13,10 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from fastft.adapters.lora import AdaptedLinear
+from fastft.adapters.adapted import AdaptedLinear
 from fastft.engine.parts import LayerCall, StepContext
 from fastft.engine.saved import SAVED, Activations, Saved
 from fastft.engine.tiles import backward_in_tiles, in_tiles
+from fastft.engine.variants import by_linear, halves, of_variants, output_products, resolved, with_term
 from fastft.kernels.dropout import Dropped
 from fastft.kernels.lora_linear import AdapterTerm
 from fastft.kernels.lora_linear.reference import (
@@ -38,11 +40,12 @@ _QKV, _O, _GATE_UP, _DOWN = 0, 3, 4, 6
 
 def forward_layer(x_TD: torch.Tensor, call: LayerCall) -> tuple[torch.Tensor, Saved]:
     """The layer's output (T × D, dtype of `x_TD`), and what `call.policy` saves."""
+    call, kept_of_variants = resolved(call, x_TD.dtype)
     made, attention_saved = _attention_block(Activations(x_TD), call)
     made, y = in_tiles(_mlp_block, made, call)
     saved = _saved_names(call, x_TD.dtype)
     kept = Activations(*(t if name in saved else None for name, t in made._asdict().items()))  # type: ignore[arg-type]
-    return y, Saved(kept, attention_saved if "attended" in saved else ())
+    return y, Saved(kept, attention_saved if "attended" in saved else (), kept_of_variants)
 
 
 def backward_layer(
@@ -52,7 +55,8 @@ def backward_layer(
 
     With `overwrite`, what was saved may be overwritten: this backward is its last.
     """
-    made, attention_saved = saved
+    made, attention_saved, kept_of_variants = saved
+    given, (call, _) = call, resolved(call, made.x.dtype, kept_of_variants)
     if made.attended is None:
         made, attention_saved = _attention_block(made, call)
     elif made.x2 is None and call.parts.mlp_norm is not None:
@@ -65,7 +69,8 @@ def backward_layer(
     rest = [made._replace(x2=None, gate=None, up=None, h2=None, down=None)]
     del saved, made, dy_TD
     dx, attention_gradients = _attention_backward(dx2, dh1, rest.pop(), attention_saved, call, needs_dx)
-    return dx, [*attention_gradients, *mlp_gradients]
+    gradients = [*attention_gradients, *mlp_gradients]
+    return dx, of_variants(given, call, gradients) if given.parts.has_variants else gradients
 
 
 def _saved_names(call: LayerCall, dtype: torch.dtype) -> frozenset[str]:
@@ -77,9 +82,9 @@ def _saved_names(call: LayerCall, dtype: torch.dtype) -> frozenset[str]:
         names -= {"h2"}
     if call.policy == "keep":
         return names
-    if parts.head_norms is not None:
+    if _keeps_q_and_k(call):
         names -= {"q", "k"}
-    if parts.post_attention_norm is not None or parts.mlp_norm is None:
+    if _keeps_o(call) or parts.mlp_norm is None:
         names -= {"x2", "rstd2"}
     return names
 
@@ -110,11 +115,14 @@ def _attention_block(made: Activations, call: LayerCall) -> tuple[Activations, t
 
 
 def _heads_block(made: Activations, q: torch.Tensor | None, k: torch.Tensor | None, call: LayerCall) -> Activations:
-    """From the projections to the queries and keys that attention takes; without norms, in their place."""
+    """From the projections to the queries and keys that attention takes; in their place, unless they are kept."""
     assert q is not None
     assert k is not None
-    if call.parts.head_norms is not None:
+    if _keeps_q_and_k(call):
         made = made._replace(q_in=q, k_in=k)
+        if call.parts.head_norms is None:
+            q, k = q.clone(), k.clone()
+    if call.parts.head_norms is not None:
         q_norm, k_norm = call.parts.head_norms
         q, q_rstd = _normalise_heads(q, q_norm, call)
         k, k_rstd = _normalise_heads(k, k_norm, call)
@@ -130,7 +138,7 @@ def _residual_block(made: Activations, o: torch.Tensor | None, call: LayerCall) 
     parts = call.parts
     assert o is not None
     branch, o_rstd = _behind(o, parts.post_attention_norm, call)
-    if parts.post_attention_norm is not None:
+    if _keeps_o(call):
         made = made._replace(o=o, o_rstd=o_rstd)
     if parts.mlp_norm is None:
         return made._replace(x2=torch.add(made.x, branch, alpha=parts.residual_multiplier), h2=made.h1)
@@ -192,7 +200,7 @@ def _down_block(made: Activations, call: LayerCall) -> tuple[Activations, torch.
         left_out=(0,) if _residual_adds(call) else (),
     )
     made = made._replace(low_down=low_down)
-    return (made if parts.post_mlp_norm is None else made._replace(down=down)), down
+    return (made._replace(down=down) if _keeps_down(call) else made), down
 
 
 def _second_residual(made: Activations, y: torch.Tensor, call: LayerCall) -> tuple[Activations, torch.Tensor]:
@@ -203,15 +211,31 @@ def _second_residual(made: Activations, y: torch.Tensor, call: LayerCall) -> tup
         (term,) = adapter_terms(made.low_down, (parts.down,))
         return made, call.ops.add_adapted(y, made.x2, term, parts.residual_multiplier)
     y, down_rstd = _behind(y, parts.post_mlp_norm, call)
-    out = y if y.dtype == made.x2.dtype else None
+    out = y if y.dtype == made.x2.dtype and y is not made.down else None
     return made._replace(down_rstd=down_rstd), torch.add(made.x2, y, alpha=parts.residual_multiplier, out=out)
+
+
+def _keeps_q_and_k(call: LayerCall) -> bool:
+    """Whether the backward reads what the projections give, before norms and rotation."""
+    parts = call.parts
+    return parts.head_norms is not None or any(linear.reads_output for linear in parts.qkv[:2])
+
+
+def _keeps_o(call: LayerCall) -> bool:
+    """Whether the backward reads what o gives."""
+    return call.parts.post_attention_norm is not None or call.parts.o.reads_output
+
+
+def _keeps_down(call: LayerCall) -> bool:
+    """Whether the backward reads what the down projection gives."""
+    return call.parts.post_mlp_norm is not None or call.parts.down.reads_output
 
 
 def _rotation_adds(call: LayerCall) -> bool:
     """Whether the rotation adds the terms of q and k, which nothing else comes before."""
     parts = call.parts
     ranks = [linear.a.shape[0] for linear in parts.qkv[:2] if linear.a is not None]
-    apart = len(parts.qkv) == 3 and parts.head_norms is None and parts.rotary
+    apart = len(parts.qkv) == 3 and parts.rotary and not _keeps_q_and_k(call)
     return apart and len(ranks) == 2 and max(ranks) <= call.ops.max_rank
 
 
@@ -225,8 +249,8 @@ def _activation_adds(call: LayerCall) -> bool:
 
 def _residual_adds(call: LayerCall) -> bool:
     """Whether the residual addition adds the term of down."""
-    parts, a = call.parts, call.parts.down.a
-    return parts.post_mlp_norm is None and a is not None and a.shape[0] <= call.ops.max_rank
+    a = call.parts.down.a
+    return not _keeps_down(call) and a is not None and a.shape[0] <= call.ops.max_rank
 
 
 def _gate_up_terms(made: Activations, call: LayerCall) -> tuple[AdapterTerm | None, AdapterTerm | None]:
@@ -245,16 +269,22 @@ def _mlp_backward(
     dy: torch.Tensor, made: Activations, call: LayerCall, overwrite: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
     """From dy to dx₂, to the part of dh₁ that comes from the MLP where that reads h₁, and the gradients of the
-    adapters of gate, up and down (A, B each)."""
+    adapters of gate, up and down (A, B and two without each)."""
     parts = call.parts
     overwrite = overwrite or made.gate is None  # what is computed again here is nobody else's
     made = _gate_up_block(made, call)
-    if parts.post_mlp_norm is not None and made.down is None:
+    if _keeps_down(call) and made.down is None:
         made = _down_block(made, call)[0]
     ddown = _behind_backward(dy, made.down, made.down_rstd, parts.post_mlp_norm, call)
-    d = _through_activation(ddown, made, call, overwrite)
+    # Where gate and up are still to be read, their gradients must not take their places.
+    reads = any(linear.reads_output for linear in parts.gate_up)
+    d = _through_activation(ddown, made, call, overwrite and not reads)
+    of_gate_up = output_products(halves(d.gate_up, call), (made.gate, made.up), parts.gate_up, call)
+    if _activation_adds(call):
+        of_gate_up = list(map(with_term, of_gate_up, d.db_gate_up, parts.gate_up))
+    (of_down,) = output_products((ddown,), (made.down,), (parts.down,), call)
     del ddown
-    made = made._replace(gate=None, up=None)
+    made = made._replace(gate=None, up=None, down=None)
     dlow = low_rank_gradient(d.gate_up, parts.gate_up)
     if dlow is not None and not _scales(parts.mlp_norm, dy.dtype):
         made = _mlp_input(made, call)
@@ -262,7 +292,7 @@ def _mlp_backward(
     dropped = _dropped(made.x2, parts.gate_up, _GATE_UP, call)
     da = a_gradients(dlow, x, parts.gate_up, dropped)
     dh2 = input_gradient(d.gate_up, dlow, parts.gate_up, dropped)
-    gradients = [*_interleave(da, d.db_gate_up), d.da_down, d.db_down]
+    gradients = [*by_linear(da, d.db_gate_up, of_gate_up), d.da_down, d.db_down, of_down, None]
     del d, x, dropped
     if parts.mlp_norm is None:
         return dy, dh2, gradients
@@ -324,7 +354,8 @@ def _attention_backward(
     call: LayerCall,
     needs_dx: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """From dx₂, and what the MLP adds to dh₁, to dx, and the gradients of the adapters of q, k, v and o (A, B each)."""
+    """From dx₂, and what the MLP adds to dh₁, to dx, and the gradients of the adapters of q, k, v and o (A, B and two
+    without each)."""
     parts, context = call.parts, call.context
     assert made.attended is not None
     do = _behind_backward(dx2, made.o, made.o_rstd, parts.post_attention_norm, call)
@@ -332,6 +363,7 @@ def _attention_backward(
     dropped = _dropped(made.attended, (parts.o,), _O, call)
     o = lora_linear_backward((do,), made.attended, made.low_o, (parts.o,), dropped=dropped, narrow=narrow)
     assert o.dx_TI is not None
+    of_o = output_products((do,), (made.o,), (parts.o,), call)
     del do, dropped
     if made.q is None:
         made = _heads_block(made, made.q_in, made.k_in, call)
@@ -341,7 +373,8 @@ def _attention_backward(
         if t is not None
     )
     d_qkv = context.attention.backward(dattended, q, k, v, attended, attention_saved, context.seen, parts.scale)
-    made, o_gradients = made._replace(q=None, k=None, v=None, attended=None), _interleave(o.da, o.db)
+    outputs = (made.q_in, made.k_in, made.v) if any(linear.reads_output for linear in parts.qkv) else ()
+    made, o_gradients = made._replace(q=None, k=None, v=None, attended=None), by_linear(o.da, o.db, of_o)
     del dattended, q, k, v, attended, o
     rows = [pick_rows(d.flatten(0, 1).flatten(1), context.rows_R) for d in d_qkv]
     del d_qkv
@@ -350,12 +383,13 @@ def _attention_backward(
     adapted = any(linear.a is not None for linear in parts.qkv)
     if h1 is None and adapted and not _scales(parts.input_norm, made.x.dtype):
         h1, _ = call.ops.normalise(made.x, parts.input_norm)
+    of_qkv = output_products(rows, outputs, parts.qkv, call)
     dy = rows if len(parts.qkv) == len(rows) else [torch.cat(rows, dim=1)]
-    del rows
+    del rows, outputs
     x = _input(made.x, h1, made.rstd1, parts.input_norm)
     dropped = _dropped(made.x, parts.qkv, _QKV, call)
     qkv = lora_linear_backward(dy, x, made.low_qkv, parts.qkv, dropped=dropped, needs_dx=needs_dx, narrow=narrow)
-    gradients = _interleave(qkv.da, qkv.db) + o_gradients
+    gradients = by_linear(qkv.da, qkv.db, of_qkv) + o_gradients
     del dy, x, dropped
     if not needs_dx:
         return None, gradients
@@ -475,7 +509,3 @@ def _per_sequence(x_TD: torch.Tensor, context: StepContext, head_dim: int) -> to
     """(T × heads·d) as (B, S, heads, d), with padding back in its place."""
     tokens = context.tokens
     return spread_rows(x_TD, context.rows_R, tokens).view(context.batch, tokens // context.batch, -1, head_dim)
-
-
-def _interleave(da: list[torch.Tensor | None], db: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    return [gradient for pair in zip(da, db, strict=True) for gradient in pair]

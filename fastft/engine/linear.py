@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastft.adapters.lora import PACKED, AdaptedLinear, read_linear, stand_in, why_not_alone
+from fastft.adapters.adapted import AdaptedLinear, Gradients
+from fastft.adapters.lora import PACKED, read_linear, stand_in, why_not_alone
 from fastft.backends import Backend
 from fastft.engine.attach import STATE
 from fastft.engine.first_order import first_order, path_to
@@ -41,27 +42,32 @@ class LoraLinear(torch.autograd.Function):
         """The output (… × O) for `x` (… × I).
 
         `dtypes` are the one to compute in and the output's; `ops` has what makes narrow gradients.  `trained` are A, B,
-        the base layer's bias and B's, which come with `linear` as well; as arguments they are what autograd sees.
+        a variant's vector and number, the base layer's bias and B's, which come with `linear` as well; as arguments
+        they are what autograd sees.
         """
         compute, output = dtypes
+        given = linear
         with _no_autocast(x.device.type):
+            linear, of_variant = given.resolved(compute)
             x_TI = x.reshape(-1, x.shape[-1]).to(compute)
             dropped = drop((linear,), len(x_TI), compute, x.device, seed, ops.dropout)
             (y_TO,), low_TR = lora_linear(x_TI, (_with_one_bias(linear),), dropped=dropped)
-        needs_x, _, _, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        needs_x, _, _, _, _, *needs = ctx.needs_input_grad
         if any(ctx.needs_input_grad):
-            ctx.linear, ctx.seed, ctx.compute, ctx.ops = linear, seed, compute, ops
+            ctx.linear, ctx.of_variant, ctx.seed, ctx.compute, ctx.ops = given, of_variant, seed, compute, ops
             ctx.shape, ctx.dtype = x.shape, x.dtype
             kept: tuple[torch.Tensor | None, ...]
-            if not (needs_a or needs_b):
+            if not any(needs[:4]):
                 kept = (None, None, path_to(x))
             elif x.dtype == compute and x.is_contiguous():
                 kept = (x, low_TR, None)
             else:
                 kept = (x_TI, low_TR, path_to(x))
-            # W, A and B only so that autograd notices when they are changed between forward and backward.
+            # W and what is trained only so that autograd notices when they are changed between forward and backward.
             weight = linear.module.weight if needs_x and not is_quantized(linear.module) else None
-            ctx.save_for_backward(*kept, weight, *trained[:2])
+            # Somebody may change the output in place.
+            y = y_TO.clone() if linear.reads_output and y_TO.dtype == output else y_TO
+            ctx.save_for_backward(*kept, weight, *trained[:4], y if linear.reads_output else None)
         # Autograd forbids changing in place what a function returns as a view, and models do such things.
         return torch.ops.aten._unsafe_view(y_TO.to(output), (*x.shape[:-1], y_TO.shape[-1]))
 
@@ -69,23 +75,28 @@ class LoraLinear(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """Gradients of what the forward was given and wants one."""
-        x, low_TR, *_ = ctx.saved_tensors
+        x, low_TR, *_, y_TO = ctx.saved_tensors
         x_TI = None if x is None else x.reshape(-1, x.shape[-1])
-        linear: AdaptedLinear = ctx.linear
+        given: AdaptedLinear = ctx.linear
         needs_x, _, _, _, _, *needs = ctx.needs_input_grad
         dy = grad_outputs[0]
         dy_TO = dy.reshape(-1, dy.shape[-1]).to(ctx.compute)
         with _no_autocast(dy.device.type):
+            linear, _ = given.resolved(ctx.compute, ctx.of_variant)
             dropped = drop((linear,), len(dy_TO), ctx.compute, dy.device, ctx.seed, ctx.ops.dropout)
             made = lora_linear_backward(
                 (dy_TO,), x_TI, low_TR, (linear,), dropped=dropped, needs_dx=needs_x, narrow=ctx.ops.narrow_gradients
             )
             biases: list[torch.Tensor | None] = [None, None]
-            if any(needs[2:]):
+            if any(needs[4:]):
                 sum_O = dy_TO.sum(0, dtype=torch.float32)
                 for index, (bias, factor) in enumerate([(linear.bias, 1.0), (linear.b_bias, linear.scaling)]):
                     biases[index] = None if bias is None else (factor * sum_O).to(bias.dtype)
-        gradients = (made.da[0], made.db[0], *biases)
+            products_O = None if y_TO is None else ctx.ops.column_products(dy_TO, y_TO, linear.bias)
+            of_adapter: Gradients = made.da[0], made.db[0], products_O, None
+            if given.variant is not None:
+                of_adapter = given.variant.gradients(given, linear, of_adapter)
+        gradients = (*of_adapter, *biases)
         return (
             made.dx_TI.view(ctx.shape).to(ctx.dtype) if made.dx_TI is not None else None,
             None, None, None, None,
@@ -145,7 +156,8 @@ def linear_forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) 
     ledger.fused(state.name, "linear", ops.name)
     # Drawn from the CPU's generator, which gradient checkpointing puts back before it runs the forward again.
     seed = int(torch.randint(2**62, (), device="cpu").item()) if linear.dropout > 0 else 0
-    return LoraLinear.apply(x, linear, _dtypes(linear, x), seed, ops, linear.a, linear.b, linear.bias, linear.b_bias)
+    trained = *linear.trained, linear.bias, linear.b_bias
+    return LoraLinear.apply(x, linear, _dtypes(linear, x), seed, ops, *trained)
 
 
 def _drops(module: Any) -> bool:

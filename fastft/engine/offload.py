@@ -63,7 +63,7 @@ class ParkedLayer:
 
     def __init__(self, saved: Saved, buffers: HostBuffers | None = None) -> None:
         """Start copying, to `buffers` or new memory; the tensors must not be changed any more."""
-        self._made = type(saved.made)
+        self._made, self._of_variants = type(saved.made), saved.of_variants
         self._transfer = Transfer([*saved.made, *saved.attention], buffers)
 
     def leave(self) -> None:
@@ -78,7 +78,8 @@ class ParkedLayer:
         """What the layer saved, on the device."""
         tensors = self._transfer.take()
         fields = len(self._made._fields)
-        return Saved(self._made(*tensors[:fields]), tuple(tensors[fields:]))  # type: ignore[arg-type]
+        attention: tuple[torch.Tensor, ...] = tuple(tensors[fields:])  # type: ignore[arg-type]
+        return Saved(self._made(*tensors[:fields]), attention, self._of_variants)  # type: ignore[arg-type]
 
 
 class Transfer:

@@ -4,13 +4,15 @@
 what one forward of the model tells its layers: positions, mask, attention.  `LayerCall` joins both for one call.
 """
 
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from fastft.adapters.lora import AdaptedLinear, read_linear
+from fastft.adapters.adapted import AdaptedLinear
+from fastft.adapters.lora import read_linear
 from fastft.backends import Backend
 from fastft.kernels.activation import ActivationKind
 from fastft.kernels.attention.library import Attention, Seen
@@ -57,8 +59,22 @@ class LayerParts(NamedTuple):
 
     @property
     def adapters(self) -> list[torch.Tensor | None]:
-        """A and B of every linear layer in that order; None where there is no adapter."""
-        return [matrix for linear in self.linears for matrix in (linear.a, linear.b)]
+        """What is trained of every linear layer in that order, four each: `AdaptedLinear.trained`."""
+        return [trained for linear in self.linears for trained in linear.trained]
+
+    @property
+    def has_variants(self) -> bool:
+        """Whether any adapter has to be resolved before the layer runs."""
+        return any(linear.variant is not None for linear in self.linears)
+
+    def map_linears(self, change: Callable[[AdaptedLinear], AdaptedLinear]) -> "LayerParts":
+        """The same with every linear layer replaced by what `change` makes of it, in the order of `linears`."""
+        return self._replace(
+            qkv=tuple(map(change, self.qkv)),
+            o=change(self.o),
+            gate_up=tuple(map(change, self.gate_up)),
+            down=change(self.down),
+        )
 
     @property
     def frozen(self) -> list[torch.Tensor]:
@@ -68,6 +84,7 @@ class LayerParts(NamedTuple):
         tensors: list[Any] = [t for norm in norms if norm is not None for t in (norm.weight_D, norm.bias_D)]
         for linear in self.linears:
             tensors += [linear.bias, None if is_quantized(linear.module) else linear.module.weight]
+            tensors += [linear.number]
         return [t for t in tensors if t is not None and not t.is_inference()]
 
     @property

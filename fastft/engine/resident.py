@@ -12,8 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from fastft.adapters.lora import AdaptedLinear
-from fastft.engine.bank import map_linears
+from fastft.adapters.adapted import AdaptedLinear
 from fastft.engine.parts import LayerParts
 from fastft.models.quantized import is_quantized
 
@@ -52,7 +51,7 @@ class ResidentWeights:
             self._dense[module] = known
             return linear._replace(dense=known[1])
 
-        return map_linears(parts, hold)
+        return parts.map_linears(hold)
 
 
 def _identity(module: nn.Module) -> tuple[int, int]:

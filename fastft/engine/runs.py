@@ -40,7 +40,7 @@ class Run(NamedTuple):
 
     @property
     def adapters(self) -> list[torch.Tensor]:
-        """What autograd sees: the parameters, all A and then all B of each layer."""
+        """What autograd sees: the parameters, all A of each layer, then all B, vectors and numbers."""
         if self.bank is not None:
             return list(self.bank.parameters)
         return [matrix for call in self.calls for matrix in _matrices(call)]

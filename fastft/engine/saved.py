@@ -17,7 +17,7 @@ class Activations(NamedTuple):
     rstd1: torch.Tensor | None = None
     h1: torch.Tensor | None = None
     q_in: torch.Tensor | None = None
-    """What the norm of the query heads takes; None without one, as for k_in, o and down."""
+    """What the norm of the query heads takes, or an adapter reads; None without, as for k_in, o and down."""
     q_rstd: torch.Tensor | None = None
     k_in: torch.Tensor | None = None
     k_rstd: torch.Tensor | None = None
@@ -29,7 +29,7 @@ class Activations(NamedTuple):
     attended: torch.Tensor | None = None
     low_o: torch.Tensor | None = None
     o: torch.Tensor | None = None
-    """What the norm behind attention takes."""
+    """What the norm behind attention takes, or an adapter reads."""
     o_rstd: torch.Tensor | None = None
     x2: torch.Tensor | None = None
     rstd2: torch.Tensor | None = None
@@ -40,7 +40,7 @@ class Activations(NamedTuple):
     low_gate_up: torch.Tensor | None = None
     low_down: torch.Tensor | None = None
     down: torch.Tensor | None = None
-    """What the norm behind the MLP takes."""
+    """What the norm behind the MLP takes, or an adapter reads."""
     down_rstd: torch.Tensor | None = None
 
 
@@ -66,3 +66,5 @@ class Saved(NamedTuple):
     made: Activations
     attention: tuple[torch.Tensor, ...]
     """Attention's own statistics."""
+    of_variants: tuple[torch.Tensor | None, ...] = ()
+    """What each linear layer keeps of resolving its adapter; nothing where all are plain LoRA."""

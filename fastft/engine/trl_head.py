@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
@@ -34,6 +35,8 @@ from fastft.kernels.cross_entropy import LogitTransform
 from fastft.kernels.row_statistics import NAMES, unknown
 from fastft.models.spec import LayerSpec
 
+_OF_TUNERS = (BaseTuner.forward, AdaLoraModel.forward)
+"""They call the `forward` of the model inside; AdaLoRA's adds its penalty to the loss."""
 _UTILS, _KERNEL = "trl.trainer.utils", "_ChunkedLogProbFunction"
 _FORWARD = "add_fused_lm_head.<locals>._fused_forward"
 
@@ -81,7 +84,7 @@ def trls_head(model: nn.Module) -> TrlHead | None:
 def install(model: nn.Module) -> None:
     """Stand where a PEFT model comes by on its way to the model inside, until `unpatch_model`."""
     tuner = getattr(model, "base_model", None)
-    if isinstance(tuner, BaseTuner) and type(tuner).forward is BaseTuner.forward and "forward" not in tuner.__dict__:
+    if isinstance(tuner, BaseTuner) and type(tuner).forward in _OF_TUNERS and "forward" not in tuner.__dict__:
         attach(tuner, {"forward": tuner_forward})
     if type(model) is PeftModel and "get_base_model" not in model.__dict__:
         attach(model, {"get_base_model": get_base_model})  # it calls what this gives, past its tuner

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastft.adapters.lora import has_hooks
+from fastft.adapters.variants import VARIANTS
 from fastft.engine.attach import WeakMethod
 from fastft.models.calls import Bound, Calls, calls_of, together
 
@@ -75,7 +76,8 @@ class Watch:
         kinds: dict[type[nn.Module], Calls] = {kind: calls_of(kind) for kind in dict.fromkeys(map(type, called))}
         new = {kind: calls for kind, calls in kinds.items() if id(kind) not in elsewhere}
         of_class = [(kind, name, getattr(kind, name)) for kind in new for name in _OF_CLASS]
-        self._reached = together([*reached, *new.values()], [*bound, *of_class])
+        of_variants = [each for variant in VARIANTS for each in variant.bound()]
+        self._reached = together([*reached, *new.values()], [*bound, *of_class, *of_variants])
         self._layers = [attributes for attributes in self._attributes if "gradient_checkpointing" in attributes]
         self._registered, self._hooked = _registered(), self._now_hooked()
         self._forwards = self._now_forwards()

@@ -2,7 +2,7 @@
 
 The twin of `fastft.engine.layer`, in bytes: `saved_tensors` of what each policy saves, `forward_bytes` and
 `working_bytes` of the moments at which most is alive.  Adapters of rank above the Triton kernels' and norms of another
-kind than RMS keep some more.
+kind than RMS keep some more, and DoRA the down projection's output.
 
 Legend: D model, F feed-forward, f the share of F that a tiled MLP has at hand, Q = heads × head size, K = key/value
 heads × head size, g 2 with a gate and 1 without; `a` bytes an activation element.

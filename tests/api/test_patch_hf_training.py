@@ -141,9 +141,9 @@ def test_what_is_no_hugging_face_model_is_fast_too():
 def test_strict_makes_what_stays_stock_an_error():
     with patch_hf_training(backend="eager", strict=True):
         with pytest.raises(BackendError, match="DoRA"):
-            stock_model(use_dora=True)
+            stock_model(use_dora=True, lora_dropout=0.1)
         with pytest.raises(BackendError, match=r"layers\.0\.self_attn\.q_proj.*DoRA"):
-            _olmo2(use_dora=True)
+            _olmo2(use_dora=True, lora_dropout=0.1)
         assert stock_model() is not None
         assert _olmo2() is not None
 

@@ -24,3 +24,12 @@ def test_both_arms_train_on_the_same_rows(method, capsys):
     for result in (stock, fast):
         assert result["steps_counted"] == 2
         assert result["milliseconds"] > 0
+
+
+@pytest.mark.parametrize("adapter", ["dora", "adalora"])
+def test_other_adapters(adapter, capsys):
+    arms = ("stock", "fastft")
+    stock, fast = (run(capsys, "--method", "sft", "--adapter", adapter, "--steps", "5", "--arm", arm) for arm in arms)
+    assert fast["first_losses"] == pytest.approx(stock["first_losses"], rel=1e-3)
+    assert fast["last_losses"] == pytest.approx(stock["last_losses"], rel=1e-3)
+    assert all("stock" not in path for path in fast["ledger"])

@@ -218,7 +218,7 @@ def test_other_falcons_run_part_by_part(change, reason, toy, batch_of, step, err
         ("gemma2", {"hidden_activation": "relu"}, {}, "the activation is ReLU, not one of SiLU, "),
         ("phi3", {"resid_pdrop": 0.1}, {}, "resid_attn has dropout"),
         ("qwen3", {"attention_dropout": 0.1}, {}, "attention has dropout"),
-        ("phi3", {}, {"use_dora": True}, "qkv_proj: its LoRA is a variant (such as DoRA)"),
+        ("phi3", {}, {"use_dora": True, "lora_dropout": 0.1}, "qkv_proj: its adapter: its DoRA has dropout"),
     ],
 )
 def test_what_cannot_run_fused_says_why(family, base, lora, reason, toy, batch_of, step):

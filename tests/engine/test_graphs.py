@@ -7,6 +7,7 @@ graph does.  So everything is tested but CUDA's own capture, which the tests mar
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from fastft.engine import graphs, offload
 from fastft.engine.graphs import WARM_RUNS, Graphs
 from fastft.engine.reading import Stack
 from fastft.memory import layer as memory_of_layers
-from peft_models import on_device
+from peft_models import on_device, randomize_adapters
 
 
 def copy_into(old: Any, new: Any) -> None:
@@ -114,6 +115,25 @@ def test_a_replay_of_layers_that_changed_is_put_away(recorder, toy, batch_of, st
     assert recorder.replayed == replayed + 1  # whose output nobody saw
     assert answers[1][0] == pytest.approx(answers[0][0], rel=1e-5)
     assert error_of(answers[1][1], answers[0][1]) < 5e-5
+
+
+@pytest.mark.parametrize("variant", ["dora", "adalora"])
+def test_what_a_variant_is_resolved_to_is_recorded(variant, recorder, toy, toy_base, batch_of, step, error_of):
+    """A replay is of the values that the adapters have by then."""
+    adalora = peft.AdaLoraConfig(init_r=4, total_step=10, target_modules="all-linear", task_type="CAUSAL_LM")
+    final = []
+    for patched in (False, True):
+        model = toy(use_dora=True) if variant == "dora" else peft.get_peft_model(toy_base(), adalora)
+        randomize_adapters(model).train()
+        if patched:
+            patch_model(model, backend="eager", placement="mlp", graphs="on")
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        for seed in range(5):
+            _, gradients = step(model, batch_of("none", seed=seed))
+            optimizer.step()
+        final.append(gradients)
+    assert error_of(final[1], final[0]) < 5e-5
+    assert recorder.replayed == 2 * (5 - WARM_RUNS)
 
 
 def test_micro_batches_accumulate(recorder, toy, batch_of, step, error_of):

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from fastft import ledger_of, patch_model, unpatch_model
-from fastft.adapters.lora import AdaptedLinear
+from fastft.adapters.adapted import AdaptedLinear
 from fastft.engine import layer as engine_layer
 from fastft.engine.saved import SAVED
 from fastft.kernels.dropout.reference import dropout_mask

@@ -47,7 +47,7 @@ def dequantized(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             seen.append(module)
         return original(module, *rest, **more)
 
-    monkeypatch.setattr("fastft.adapters.lora.dense_weight", spy)
+    monkeypatch.setattr("fastft.adapters.adapted.dense_weight", spy)
     return seen
 
 

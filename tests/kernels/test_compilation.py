@@ -64,6 +64,15 @@ def row_statistics(asked: bool, softcap: bool) -> list[tuple[str, Arguments]]:
     ]  # fmt: skip
 
 
+def column_products(offset: bool) -> list[tuple[str, Arguments]]:
+    return [
+        ("column_products._column_products_kernel", {
+            "x_ptr": HALF, "y_ptr": HALF, "offset_ptr": HALF if offset else None, "sums_ptr": WIDE, "BLOCK_T": 16,
+            "BLOCK_O": 256,
+        })
+    ]  # fmt: skip
+
+
 def on_a_wide_residual_stream() -> list[tuple[str, Arguments]]:
     """As under autocast over fp32 weights."""
     (forward, of_forward), (backward, of_backward) = norm("rms", True)
@@ -150,6 +159,7 @@ LAUNCHES = [
     ),
     *(launch for each in itertools.product((True, False), repeat=3) for launch in cross_entropy(*each)),
     *(launch for each in itertools.product((True, False), repeat=2) for launch in row_statistics(*each)),
+    *(launch for offset in (True, False) for launch in column_products(offset)),
     *on_a_wide_residual_stream(),
     *(launch for inverse in (True, False) for launch in rope(inverse)),
     *(launch for rank in (8, 16, 64) for gated in (True, False) for launch in adapted("silu", gated, rank)),
