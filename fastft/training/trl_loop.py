@@ -165,7 +165,8 @@ def _check_prompts(method: Method, config: RunConfig, arguments: Any, rows: TrlR
     """Where the model itself answers, TRL cuts no prompt: one that leaves no room would need more than was planned."""
     if not method.takes_rewards:
         return
-    answer = int(getattr(arguments, "max_completion_length", None) or getattr(arguments, "response_length", 0))
+    # PPO's arguments have another name for it.
+    answer: int = getattr(arguments, "max_completion_length", None) or arguments.response_length
     room = config.sequence_tokens - answer
     for row, where in zip(rows.rows, rows.places, strict=True):
         prompt = row["prompt"]

@@ -71,8 +71,8 @@ class Method:
     """What `data = "embedded"` is; None likewise."""
     settings: type[MethodSettings]
     measures: tuple[str, ...]
-    """On held-out rows, under the names by which the trainer's `evaluate` logs them, without `eval_`; more is better but
-    for `loss`."""
+    """On held-out rows, by the names under which the trainer's `evaluate` logs them, without `eval_`; of all but `loss`
+    more is better."""
     learning_rate: float
     """Where the run sets none."""
     sequences: int = 1
