@@ -3,8 +3,8 @@
 The embedded model was pretrained on lists of calculations, so it continues `68 - 63 =` with the right number about half
 of the time: enough for a reward to be seen, and little enough for training to have something to teach.
 
-    preferences    {"prompt": "68 - 63 =", "chosen": " 5", "rejected": " 9"}
-    judgements     {"prompt": "68 - 63 =", "completion": " 9", "label": False}
+    preferences    {"prompt": "68 - 63 =", "chosen": " 5", "rejected": " 41"}
+    judgements     {"prompt": "68 - 63 =", "completion": " 41", "label": False}
     questions      {"prompt": "68 - 63 =", "answer": 5}, for the reward `right_answer`
 
 Training and test rows never share a calculation (`fastft.data.arithmetic.split_of`).
@@ -20,8 +20,6 @@ from fastft.errors import DataError
 
 MAX_CALCULATIONS = {"train": 4096, "test": 512}
 """The most rows that one call makes: somewhat fewer than there are."""
-_FURTHEST = 9
-"""A wrong answer is at most so far from the right one."""
 
 _NUMBER = re.compile(r"\s*(\d+)")
 
@@ -43,8 +41,7 @@ def calculations(split: Split, count: int, *, seed: int = 0) -> list[tuple[str, 
     while len(found) < count:
         left, operator, right, result = _calculation(random)
         if split_of(operator, (left, right)) == split:
-            near = range(max(0, result - _FURTHEST), result + _FURTHEST + 1)
-            wrong = random.choice([number for number in near if number != result])
+            wrong = random.choice([number for number in range(LARGEST + 1) if number != result])
             prompt = f"{left} {operator} {right} ="
             found.setdefault(prompt, (prompt, result, wrong))
     return list(found.values())
