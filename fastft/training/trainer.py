@@ -48,7 +48,8 @@ class TrainResult:
     loss: float
     """Mean over the steps since the last log line."""
     tokens_per_second: float
-    """Tokens without padding over the loop's wall-clock time, logging and saving included."""
+    """Tokens without padding over the loop's wall-clock time, logging and saving included; 0 where a method's trainer
+    does not count them."""
     seconds: float
     peak_bytes: int
     """Of memory, while training: the allocator's on a GPU, the resident set on a CPU."""
@@ -202,8 +203,9 @@ def _train(
     rate = tokens() / seconds
     retries = memory.allocator_retries
     message = (
-        f"adapter saved to {output}: {done.global_step} steps, loss {done.training_loss:.4f}, {rate:,.0f} tokens/s, "
-        f"peak {gib(memory.peak_bytes)}"
+        f"adapter saved to {output}: {done.global_step} steps, loss {done.training_loss:.4f}, "
+        + (f"{rate:,.0f} tokens/s, " if rate else "")
+        + f"peak {gib(memory.peak_bytes)}"
         + (f", {retries} allocator retries" if retries else "")
         + ("; held out: " if measure else "")
         + ", ".join(f"{name} {value:.4f}" for name, value in (measure or {}).items())

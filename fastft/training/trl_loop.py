@@ -53,7 +53,7 @@ def trl_loop(
 
     from fastft.models.loading import load_model, load_tokenizer, resolve_model, torch_dtype
     from fastft.training.optimizers import make_optimizer
-    from fastft.training.session import adapter_config, put_in
+    from fastft.training.session import adapter_config, add_adapters, put_in
 
     rows = _rows(method, config, config.data, "train")
     held_out = None if config.eval_data is None else _rows(method, config, config.eval_data, "test")
@@ -76,7 +76,11 @@ def trl_loop(
         resolved, dtype=dtype, device=device.kind, quantization=config.quantization, offline=config.offline,
         trust_remote_code=config.trust_remote_code, task=method.task,
     )  # fmt: skip
-    if choices.backend == "peft" and all(map(keeps_input_only, choices.placement)):
+    stock = choices.backend == "peft"
+    if not method.adapts:
+        model = add_adapters(model, config, seed=config.seed)
+        put_in(model, choices, strict=config.strict)
+    elif stock and all(map(keeps_input_only, choices.placement)):
         arguments.gradient_checkpointing = True
         arguments.gradient_checkpointing_kwargs = {"use_reentrant": False}
     try:
@@ -86,14 +90,15 @@ def trl_loop(
             train_dataset=_dataset(rows),
             eval_dataset=None if held_out is None else _dataset(held_out),
             processing_class=tokenizer,
-            peft_config=adapter_config(model, config, task=method.task),
+            peft_config=adapter_config(model, config, task=method.task) if method.adapts else None,
             callbacks=list(callbacks),
             **given,
         )
     except (ValueError, NotImplementedError) as error:
         raise _refused(method, error) from error
-    if choices.backend != "peft":
-        put_in(trainer.model, choices, strict=config.strict)
+    adapted = trainer.model if method.policy is None else getattr(trainer.model, method.policy)
+    if method.adapts and not stock:
+        put_in(adapted, choices, strict=config.strict)
         # Imported here: the step of a method is in the method's file, which is imported for its row too.
         from fastft.training import methods
 
@@ -107,7 +112,7 @@ def trl_loop(
         counter = trainer.data_collator = TokenCounter(trainer.data_collator, method.masks)
     tell(_told(rows, held_out))
     return Loop(
-        trainer, trainer.model, tokenizer, torch.device(device.kind), counter, evaluates=held_out is not None
+        trainer, adapted, tokenizer, torch.device(device.kind), counter, evaluates=held_out is not None
     )  # fmt: skip
 
 

@@ -45,11 +45,11 @@ class Case:
 
 
 CASES = {
-    "sft": Case("loss", steps=25, learning_rate=2e-3, batch=8),
+    "sft": Case("loss", steps=40, learning_rate=2e-3, batch=8),
     "dpo": Case("rewards/margins", steps=20, learning_rate=5e-4),
     "orpo": Case("rewards/margins", steps=20, learning_rate=1e-3),
-    "kto": Case("rewards/margins", steps=20, learning_rate=1e-3),
-    "reward": Case("accuracy", steps=50, learning_rate=1.5e-3, batch=32),
+    "kto": Case("rewards/margins", steps=20, learning_rate=5e-4, batch=32),
+    "reward": Case("accuracy", steps=60, learning_rate=1e-3, batch=32),
     "grpo": Case("reward", steps=12, learning_rate=2e-3, batch=32, settings={"num_generations": 8}),
     "rloo": Case("reward", steps=12, learning_rate=2e-3, batch=32, settings={"num_generations": 8}),
 }
@@ -113,5 +113,5 @@ def test_the_measure_rises_over_what_shuffled_gives(
     )
     error = math.sqrt((statistics.variance(right) + statistics.variance(other)) / len(SEEDS))
     rise = statistics.mean(right) - statistics.mean(other)
-    print(f"{method}: {right} against {other}: {rise:.4f} ± {error:.4f}")
+    print(f"\n{method}: {right} against {other}: {rise:.4f} ± {error:.4f}")
     assert rise > 3 * error

@@ -84,6 +84,11 @@ class Method:
     task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
     """PEFT's: whether the model has its head, or one that scores a sequence."""
     takes_rewards: bool = False
+    adapts: bool = True
+    """Whether the trainer is given a model without adapter and adds it: TRL's take one that is there for trained, and
+    copy it as the reference."""
+    policy: str | None = None
+    """Under which name the trainer's model has the adapted one; None where it is that."""
     example_settings: dict[str, Any] = field(default_factory=dict)
     """For the embedded rows, where the run sets none."""
 

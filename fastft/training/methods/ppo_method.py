@@ -2,6 +2,8 @@
 trainer for it any more, so the trainer is fastft's (`fastft.training.methods.ppo`).
 """
 
+from typing import Literal
+
 from pydantic import Field
 
 from fastft.data.calculations import questions
@@ -10,19 +12,23 @@ from fastft.training.methods.method import Method, MethodSettings
 
 
 class PpoSettings(MethodSettings):
-    """As TRL 1.10's `PPOConfig` described them."""
+    """As `fastft.PPOConfig` describes them, which has TRL 1.10's."""
 
+    response_length: int | None = Field(None, ge=1)
+    """In tokens."""
+    temperature: float | None = Field(None, gt=0)
+    stop_token: Literal["eos"] | None = None
     num_ppo_epochs: int | None = Field(None, ge=1)
     num_mini_batches: int | None = Field(None, ge=1)
-    response_length: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, gt=0)
+    local_rollout_forward_batch_size: int | None = Field(None, ge=1)
     kl_coef: float | None = Field(None, ge=0)
+    kl_estimator: Literal["k1", "k3"] | None = None
     cliprange: float | None = Field(None, gt=0)
     vf_coef: float | None = Field(None, ge=0)
     cliprange_value: float | None = Field(None, gt=0)
     gamma: float | None = Field(None, ge=0, le=1)
     lam: float | None = Field(None, ge=0, le=1)
-    missing_eos_penalty: float | None = None
+    missing_eos_penalty: float | None = Field(None, gt=0)
     whiten_rewards: bool | None = None
 
 
@@ -33,8 +39,10 @@ METHOD = Method(
     rows=PROMPT,
     examples=lambda split, count, seed: questions(split, count, seed=seed),
     settings=PpoSettings,
-    measures=("reward",),
-    learning_rate=1e-5,
+    measures=("objective/scores",),
+    learning_rate=3e-5,
     takes_rewards=True,
+    adapts=False,
+    policy="policy",
     example_settings={"response_length": 8},
 )
