@@ -333,7 +333,8 @@ def save_adapter(model: Any, tokenizer: Any, output: Path) -> None:
     temporary: Path | None = None
     try:
         temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=output))
-        model.save_pretrained(temporary)
+        # A trainer may have added others, for a reference or a value.
+        model.save_pretrained(temporary, selected_adapters=["default"])
         tokenizer.save_pretrained(temporary)
         files = sorted(temporary.iterdir(), key=lambda file: file.name == "adapter_config.json")
         for file in files:
