@@ -96,6 +96,10 @@ def trl_loop(
         )
     except (ValueError, NotImplementedError) as error:
         raise _refused(method, error) from error
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            # TRL rounds what is trained on a quantized model to bf16, where small updates are lost; SFT's is in fp32.
+            parameter.data = parameter.data.float()
     adapted = trainer.model if method.policy is None else getattr(trainer.model, method.policy)
     if method.adapts and not stock:
         put_in(adapted, choices, strict=config.strict)
