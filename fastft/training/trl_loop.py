@@ -72,6 +72,7 @@ def trl_loop(
     given: dict[str, Any] = {}
     if method.takes_rewards:
         given["reward_funcs"] = _rewards(config, rows)
+    torch.manual_seed(config.seed)  # of a head that is new
     model = load_model(
         resolved, dtype=dtype, device=device.kind, quantization=config.quantization, offline=config.offline,
         trust_remote_code=config.trust_remote_code, task=method.task,

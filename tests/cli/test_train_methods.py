@@ -132,6 +132,19 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(cli: Cli, work: Path
     assert json.loads((work / "whole" / "checkpoint-2" / "fastft.json").read_text())["config"]["method"] == "dpo"
 
 
+def test_the_seed_decides_a_reward_models_new_head(cli: Cli, work: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    flags = ["--method", "reward", *RUN, "--steps", "1"]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.manual_seed(ord(name))
+        assert cli("train", *flags, "--seed", seed, "--output", name).exit_code == 0
+    a, b, c = (load_file(work / name / "adapter_model.safetensors")["base_model.model.score.weight"] for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
 def test_the_plan_is_for_as_many_sequences_as_a_step_has(cli: Cli, work: Path) -> None:
     """A preference is two sequences, and micro-batches are of whole preferences."""
     flags = ["--method", "dpo", "--device", "cpu", "--seq-len", "32", "--rank", "4", "--steps", "1", "--output", "a"]

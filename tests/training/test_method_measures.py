@@ -47,13 +47,13 @@ class Case:
 
 GROUPS = {"num_generations": 8, "num_generations_eval": 4}
 CASES = {
-    "sft": Case("loss", steps=30, learning_rate=2e-3, batch=8),
+    "sft": Case("loss", steps=40, learning_rate=2e-3, batch=8),
     "dpo": Case("rewards/margins", steps=20, learning_rate=5e-4),
     "orpo": Case("rewards/margins", steps=20, learning_rate=1e-3),
     "kto": Case("rewards/margins", steps=20, learning_rate=5e-4, batch=32),
     "reward": Case("margin", steps=60, learning_rate=1e-3, batch=32),
     "grpo": Case("reward", steps=20, learning_rate=1e-3, batch=64, settings=GROUPS),
-    "rloo": Case("reward", steps=20, learning_rate=1e-3, batch=64, settings=GROUPS),
+    "rloo": Case("reward", steps=16, learning_rate=1e-3, batch=64, settings=GROUPS),
     "ppo": Case("objective/scores", steps=12, learning_rate=2e-3, batch=32),
 }
 WITHOUT_PPO = importlib.util.find_spec("fastft.training.methods.ppo") is None
