@@ -29,6 +29,9 @@ def digits(completions, **_):
 def right(completions, answer, **_):
     return [float(str(a) in str(text)) for a, text in zip(answer, completions)]
 
+def varied(completions, **_):
+    return [sum(map(ord, str(text))) / 1000 for text in completions]
+
 def too_few(completions, **_):
     return [1.0]
 """
@@ -61,6 +64,8 @@ def test_the_table_has_a_row_for_each_method_that_a_run_can_name() -> None:
 )
 def test_a_method_trains_the_embedded_rows_fused_and_saves_pefts_files(method: str, cli: Cli, work: Path) -> None:
     groups = ["--settings", "num_generations=2"] if method in ("grpo", "rloo") else []
+    # In two steps all answers to a prompt may be right, or all wrong: then there is nothing to learn.
+    groups += ["--reward", "rewards.py:varied"] if method in ("grpo", "rloo", "ppo") else []
     result = cli("train", "--method", method, *RUN, "--steps", "2", "--learning-rate", "1e-3", "--output", "adapter",
                  "--json", *groups)  # fmt: skip
     assert result.exit_code == 0, result.stderr
