@@ -120,7 +120,7 @@ def test_a_run_of_another_method_follows_the_plan_and_says_nothing_about_it(
 ) -> None:
     """A reference, or what is sampled, needs memory that the plan promised nothing about."""
     monkeypatch.setattr(counters, "peak", 2 * PEAK)
-    followed, lines = run(config, method="dpo", batch_size=1)  # a preference is two sequences
+    followed, lines = run(config, method="grpo", settings={"num_generations": 2})
     assert followed == made_for(config).id
     assert len(lines) == 1
     assert not Verifications().folder.exists()
