@@ -130,6 +130,7 @@ app.command(
         "fastft train run.toml",
         "fastft train --model path/to/model --data rows.jsonl --output adapter --rank 8",
         "fastft train run.toml --learning-rate 1e-4 --output second",
+        "fastft train --method dpo --settings beta=0.05 --eval-data embedded --output preferred",
     )
 )(train)
 app.command(

@@ -7,6 +7,7 @@ that was tuned for a run is found by that run.
 
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,10 +64,18 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # What is trained
+    method: Literal["sft", "dpo", "orpo", "kto", "reward", "grpo", "rloo", "ppo"] = "sft"
+    """What is learned from the rows: `fastft.training.methods.METHODS`."""
     model: str = "tiny"
     """A local folder, a hub name, or a shipped shape (random weights)."""
     data: str = "embedded"
-    """A JSONL file of instruction rows or ChatML messages, or `embedded`."""
+    """A JSONL file of instruction rows or ChatML messages, or of the method's rows; or `embedded`."""
+    eval_data: str | None = None
+    """Held-out rows: a file, or `embedded`; the method's measure on them is taken after training."""
+    reward: tuple[str, ...] = ()
+    """Reward functions of grpo, rloo and ppo, each as `FILE.py:function`; their rewards are summed."""
+    settings: dict[str, Any] = {}
+    """The method's own, in TRL's names: `beta`, `num_generations`, …; the method's file says which there are."""
     chat_template: str | None = None
     """A Jinja chat template, or a file that holds one; None takes the tokenizer's own."""
     output: str = "fastft-run"
@@ -160,6 +169,8 @@ class RunConfig(BaseModel):
                 lora[name] = value
             elif name == "lora" and isinstance(value, dict):
                 lora.update(value)
+            elif name == "settings" and isinstance(value, dict) and isinstance(values.get(name, {}), dict):
+                values[name] = {**values.get(name, {}), **value}
             else:
                 values[name] = value
         if lora:
@@ -172,7 +183,7 @@ class RunConfig(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise _readable(error) from error
+            raise readable(error, RunConfig.model_fields) from error
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -186,16 +197,19 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML", got=str(error), fix="correct the line it names") from error
 
 
-def _readable(error: ValidationError) -> ConfigError:
+def readable(error: ValidationError, fields: Iterable[str], *, section: str | None = None) -> ConfigError:
+    """pydantic's first error as one of ours; `fields` are the known keys of what was validated, which is the table
+    `section` of a TOML file, or the whole."""
     first = error.errors()[0]
     *parents, name = [str(part) for part in first["loc"]] or ["configuration"]
+    path = ".".join([*([section] if section else []), *parents, name])
     if first["type"] == "extra_forbidden":
-        fields = LoraConfig.model_fields if parents == ["lora"] else RunConfig.model_fields
-        unknown = unknown_choice(f"key '{'.'.join([*parents, name])}'", name, fields)
+        known = LoraConfig.model_fields if parents == ["lora"] else fields
+        unknown = unknown_choice(f"key '{path}'", name, known)
         return ConfigError(unknown.what, got=unknown.got, allowed=unknown.allowed, fix=unknown.fix)
     allowed = first.get("ctx", {}).get("expected")
     return ConfigError(
-        f"{'.'.join([*parents, name])} is not valid",
+        f"{path} is not valid",
         got=first.get("input"),
         allowed=allowed if allowed else first["msg"].removeprefix("Value error, "),
         fix="correct the value",

@@ -5,6 +5,7 @@ A field that is added to `RunConfig` becomes a flag of `fastft train` by itself;
 
 import functools
 import inspect
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
@@ -13,13 +14,18 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import typer
 
 from fastft.config import LoraConfig, RunConfig
+from fastft.errors import ConfigError
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
 HELP: dict[str, str] = {
     # What is trained
+    "method": "What is learned from the rows; docs/methods.md says which rows each takes.",
     "model": "A local folder, a hub name (owner/name), or tiny.",
-    "data": "A JSONL file of instruction rows or chat messages, or embedded.",
+    "data": "A JSONL or parquet file of instruction rows, chat messages or the method's rows, or embedded.",
+    "eval_data": "Held-out rows, a file or embedded: the method's measure on them is told after training.",
+    "reward": "A reward function for grpo, rloo and ppo; several are summed.",
+    "settings": "A setting of the method in TRL's name, like beta=0.1; [settings] in the file.",
     "output": "The new folder that the adapter is saved to.",
     "chat_template": "A Jinja template, or its file, instead of the tokenizer's own.",
     "rank": "Rank of the adapter.",
@@ -61,6 +67,9 @@ HELP: dict[str, str] = {
 """Field → what it means, in the order of the help."""
 
 ALIASES = {"sequence_tokens": ("--seq-len",)}
+
+REPEATED = {"reward": "FILE.py:function", "settings": "NAME=VALUE"}
+"""Flags that may be given several times, and what each is given."""
 
 KEY_FLAGS = (
     "sequence_tokens", "batch_size", "rank", "dropout", "targets", "optimizer", "packing", "quantization", "dtype",
@@ -107,7 +116,20 @@ def run_flags(*names: str, defaults: bool = True) -> Callable[[Verb], Verb]:
 def _parsed(name: str, value: Any) -> Any:
     if name == "targets" and value is not None:
         return tuple(word.strip() for word in value.split(",") if word.strip())
+    if name in REPEATED:
+        return (dict(map(_setting, value)) if name == "settings" else tuple(value)) if value else None
     return value
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """`NAME=VALUE`; the value as TOML has it, or as it stands."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise ConfigError("a setting is not NAME=VALUE", got=text, fix="write it like --settings beta=0.1")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value
 
 
 def _annotation(name: str, show_default: bool) -> Any:
@@ -117,14 +139,16 @@ def _annotation(name: str, show_default: bool) -> Any:
     flag = "--" + name.replace("_", "-")
     declarations = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag, *ALIASES.get(name, ())]
     metavar = None
-    if get_origin(kind) is Literal:
+    if name in REPEATED:
+        metavar = REPEATED[name]
+    elif get_origin(kind) is Literal:
         metavar = "|".join(get_args(kind))
     elif get_origin(kind) is tuple:
         metavar = "A,B,…"
     elif kind is not bool:
         metavar = f"<{kind.__name__}>"
     # `RunConfig` parses and judges all values: the file's and the flags' get the same errors.
-    kind = bool if kind is bool else str
+    kind = bool if kind is bool else list[str] if name in REPEATED else str
     text = f"{HELP.get(name, '')}{_default(field.default) if show_default else ''}"
     return Annotated[kind | None, typer.Option(*declarations, help=text, metavar=metavar, show_default=False)]
 
@@ -136,7 +160,7 @@ def _without_none(annotation: Any) -> Any:
 
 
 def _default(value: Any) -> str:
-    if value is None:
+    if value is None or value in ((), {}):
         return ""
     if isinstance(value, bool):
         return f" (default: {'on' if value else 'off'})"

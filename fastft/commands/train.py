@@ -51,8 +51,14 @@ def train_quietly(config: RunConfig) -> "TrainResult":
 
         from fastft.training.trainer import train as run
 
+        # TRL warns of ORPO's place in it.
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
         if not on_terminal():
             transformers_logging.disable_progress_bar()
+            if config.method != "sft":
+                from datasets.utils.logging import disable_progress_bar
+
+                disable_progress_bar()
         return run(config, on_event=say)
 
 

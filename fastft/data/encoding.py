@@ -145,7 +145,7 @@ class _ChatTemplate:
                 fix="load the fast tokenizer, or set response_only = false",
             )  # fmt: skip
         self._tokenizer = tokenizer
-        self._text = _template_text(tokenizer, chat_template)
+        self._text = template_text(tokenizer, chat_template)
         self._marks_answers = _GENERATION.search(self._text) is not None
         self._response_only = response_only
         special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
@@ -246,7 +246,12 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def _template_text(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -> str:
+def template_text(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -> str:
+    """The Jinja text of `chat_template`, which is that text or the path of a file; None takes the tokenizer's own.
+
+    Raises:
+        DataError: there is none, or the file cannot be read.
+    """
     if chat_template is None:
         try:
             return tokenizer.get_chat_template()

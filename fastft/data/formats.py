@@ -1,6 +1,6 @@
 """Files of training rows → conversations.
 
-A file is JSON Lines (one object a line) or one JSON list, in one of four formats:
+A file is JSON Lines (one object a line), one JSON list, or parquet, in one of four formats:
 
     instruction     {"instruction": …, "output": …}, optionally "input"
     messages        {"messages": [{"role": …, "content": …}, …]}             (ChatML, OpenAI)
@@ -78,12 +78,9 @@ def load_rows(path: Path) -> list[Conversation]:
         DataError: the file is missing, a folder, empty or not UTF-8, or a row (named by its line) is not JSON,
             mixes formats, has unknown or missing keys, an unknown role, or no answer.
     """
-    text = _read(path)
-    if not text.strip():
-        raise DataError("the data file is empty", got=str(path), allowed=_ALLOWED, fix="add at least one row")
     conversations = []
     first: str | None = None
-    for where, row in _rows(text, path):
+    for where, row in read_rows(path, allowed=_ALLOWED):
         name = _format_of(row, where)
         if first is None:
             first = name
@@ -93,9 +90,31 @@ def load_rows(path: Path) -> list[Conversation]:
                 fix="put each format into its own file",
             )  # fmt: skip
         conversations.append(conversation_of(row, where=where))
-    if not conversations:
-        raise DataError("the data file holds an empty list", got=str(path), allowed=_ALLOWED, fix="add a row")
     return conversations
+
+
+def read_rows(path: Path, *, allowed: object) -> Iterator[tuple[str, Any]]:
+    """(`file:line`, value) of every row of a file, of which there is at least one; `allowed` says in errors what rows
+    may be.  The content, not the file's suffix, tells parquet, a JSON list and JSON Lines apart.  In parquet, a column
+    that is null in a row is none of that row's.
+
+    Raises:
+        DataError: the file is missing, a folder, empty, or cannot be parsed.
+    """
+    raw = _read(path)
+    if raw.startswith(_PARQUET):
+        rows = _parquet_rows(path)
+    else:
+        text = _decode(raw, path)
+        if not text.strip():
+            raise DataError("the data file is empty", got=str(path), allowed=allowed, fix="add at least one row")
+        rows = _rows(text, path)
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise DataError("the data file holds an empty list", got=str(path), allowed=allowed, fix="add a row")
 
 
 def conversation_of(row: Mapping[str, Any], *, where: str) -> Conversation:
@@ -186,6 +205,8 @@ _FORMATS = {
     "question": _Format('{"question": …, "answer": …}', frozenset({"question", "answer"}), _question),
 }  # fmt: skip
 
+_PARQUET = b"PAR1"
+"""A parquet file's first bytes."""
 _ALLOWED = [each.example for each in _FORMATS.values()]
 
 
@@ -214,14 +235,17 @@ def _names(row: Mapping[str, Any]) -> str:
     return ", ".join(map(str, row)) or "none"
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> bytes:
     try:
-        raw = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DataError(
             f"cannot read the data file {path}", got=error.strerror or str(error), allowed="a JSONL or JSON file",
             fix="check the path",
         ) from error  # fmt: skip
+
+
+def _decode(raw: bytes, path: Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -229,6 +253,18 @@ def _read(path: Path) -> str:
         raise DataError(
             f"{path}:{line} is not UTF-8", got=raw[error.start : error.end], fix="convert the file to UTF-8"
         ) from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not parquet", got=str(error).splitlines()[0], fix="write the file anew") from error
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", {name: value for name, value in row.items() if value is not None}
 
 
 def _rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:

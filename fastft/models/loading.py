@@ -107,9 +107,13 @@ def load_model(
     offline: bool = True,
     trust_remote_code: bool = False,
     seed: int = 0,
+    task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM",
     **more: Any,
 ) -> Any:
     """The base model on `device` with weights in `dtype` and SDPA attention; a shape gets random weights from `seed`.
+
+    For task SEQ_CLS the model has, in place of its head, one that gives a sequence one score: an fp32 layer `score`
+    with random weights, which is to be trained, so it is never quantized.
 
     Weights are quantized one by one, so the model is never dense on the device.  Those that are stored quantized stay
     as they are, with `quantization` none too.  `more` goes to Hugging Face's `from_pretrained`, or to its `from_config`
@@ -134,19 +138,35 @@ def load_model(
             **_quantization_options(resolved, quantization, dtype),
             **more,
         }
+        kind: Any = transformers.AutoModelForCausalLM
+        if task == "SEQ_CLS":
+            kind = transformers.AutoModelForSequenceClassification
+            _ask_for_one_score(options)
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(resolved.source, **options)
+            model = kind.from_pretrained(resolved.source, **options)
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(
                 f"cannot load model {resolved.name}", got=_first_line(error), fix="check that its weights are complete"
             ) from error
     if resolved.quantization in QUANTIZATIONS:
         _cast_what_is_dense(model, dtype)
+    if task == "SEQ_CLS":
+        model.score.to(torch.float32)  # what is trained is in fp32, as adapters are
     if quantization != "none" and not any(map(is_quantized, model.modules())):
         raise ModelError(
             f"bitsandbytes quantizes no layer of {resolved.name}", got=quantization, fix="leave quantization out"
         )
     return model
+
+
+def _ask_for_one_score(options: dict[str, Any]) -> None:
+    """Change what `from_pretrained` is told, so that the model scores a sequence."""
+    if "config" in options:
+        options["config"].num_labels = 1
+    else:
+        options["num_labels"] = 1
+    if "quantization_config" in options:
+        options["quantization_config"].llm_int8_skip_modules = ["score"]
 
 
 def _attention_of(config: Any) -> str:

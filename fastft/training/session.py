@@ -175,21 +175,29 @@ def add_adapters(model: Any, config: RunConfig, *, seed: int) -> Any:
     A quantized model keeps its norms and its head in the compute dtype.  `prepare_model_for_kbit_training` would make
     them fp32, and with them every activation between the layers, which doubles those.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    return get_peft_model(model, adapter_config(model, config))
+
+
+def adapter_config(model: Any, config: RunConfig, *, task: str = "CAUSAL_LM") -> Any:
+    """PEFT's configuration of the adapter that `config.lora` describes, for `model`.
+
+    Raises:
+        ConfigError: a target that names no module.
+    """
+    from peft import LoraConfig
 
     lora = config.lora
-    torch.manual_seed(seed)
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]
-            lora_dropout=lora.dropout,
-            target_modules=_targets(model, lora.targets),
-            use_rslora=lora.rslora,
-            bias="none",
-            task_type="CAUSAL_LM",
-        ),
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=_targets(model, lora.targets),
+        use_rslora=lora.rslora,
+        bias="none",
+        task_type=task,
     )
 
 

@@ -1,7 +1,8 @@
 """The trainer behind `fastft train`: plan → model → data → `transformers.Trainer` → adapter.
 
 The loop, checkpoints, resuming and schedules are transformers'; what is fastft's is what runs inside a step, and that
-the plan is followed and named in everything that is written.
+the plan is followed and named in everything that is written.  Methods other than `sft` have TRL's trainers
+(`fastft.training.trl_loop`), which are transformers' too; all else is the same for them.
 """
 
 import logging
@@ -11,11 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastft.config import RunConfig
+from fastft.data.arithmetic import Split
 from fastft.defaults import divisors
-from fastft.errors import DataError, ModelError, OutputError
+from fastft.errors import ConfigError, DataError, ModelError, OutputError
 from fastft.files import new_folder
 from fastft.hardware import Device, detect_device
 from fastft.plan import Choices
@@ -25,10 +27,16 @@ from fastft.plans.run_file import record_in_saves, run_facts
 from fastft.plans.verification import Verifications
 from fastft.units import gib
 
+if TYPE_CHECKING:
+    from fastft.training.loop import Loop
+    from fastft.training.methods.method import Method
+
 log = logging.getLogger("fastft")
 
 EMBEDDED_ROWS = 4096
 """Training rows drawn from the embedded task's generator."""
+EVALUATED_ROWS = 128
+"""Held-out rows, likewise."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,8 @@ class TrainResult:
     loss: float
     """Mean over the steps since the last log line."""
     tokens_per_second: float
-    """Tokens without padding over the loop's wall-clock time, logging and saving included."""
+    """Tokens without padding over the loop's wall-clock time, logging and saving included; 0 where a method's trainer
+    does not count them."""
     seconds: float
     peak_bytes: int
     """Of memory, while training: the allocator's on a GPU, the resident set on a CPU."""
@@ -49,6 +58,8 @@ class TrainResult:
     plan_id: str | None
     message: str
     """One line: what was followed and where the adapter is."""
+    measure: dict[str, float] | None = None
+    """The method's measures on the held-out rows, by their names; None where the run has no `eval_data`."""
 
 
 def train(
@@ -64,15 +75,19 @@ def train(
     Raises:
         FastftError: anything that makes the run impossible, found before training starts where that can be.
     """
+    from fastft.training.methods import method_named
+
     tell = on_event or (lambda line: log.info("%s", line))
     device = detect_device(config.device)
-    resolution = resolve_run(config, device)
+    method = method_named(config.method)
+    config = method.configured(config)
+    resolution = _resolve_rows(config, method, device)
     tell(resolution.message)
     for warning in resolution.warnings:
         tell(f"warning: {warning}")
     output = _claim(config)
     try:
-        return _train(config, resolution, device, output, tell, callbacks)
+        return _train(config, method, resolution, device, output, tell, callbacks)
     except BaseException:
         if output.is_dir() and not any(output.iterdir()):
             output.rmdir()
@@ -104,6 +119,30 @@ def resolve_run(config: RunConfig, device: Device) -> Resolution:
     return Resolution(plan=None, choices=choices, message=f"stock PEFT, {choices.summary()}")
 
 
+def _resolve_rows(config: RunConfig, method: "Method", device: Device) -> Resolution:
+    """The plan, or the default, of a run whose rows are `method.sequences` sequences each.
+
+    What is planned is how sequences are computed, so a plan is for as many of them as a step has.
+
+    Raises:
+        FastftError: as `resolve_run`; a batch that cannot be cut into the micro-batches that the method needs.
+    """
+    per_row, least = method.sequences, method.least_sequences
+    micro = None if config.micro_batch is None else config.micro_batch * per_row
+    sequences = config.batch_size * per_row
+    if sequences % least or (micro is not None and micro < least):
+        raise ConfigError(
+            f"method {method.name} compares the rows of a micro-batch, so it needs {least}",
+            got=f"batch_size {config.batch_size}, micro_batch {config.micro_batch}",
+            fix=f"choose a batch_size that {least} divides, and no smaller micro_batch",
+        )  # fmt: skip
+    asked = config.model_copy(update={"batch_size": sequences, "micro_batch": micro})
+    found = resolve_run(asked, device)
+    if found.choices.micro_batch % least:
+        found = resolve_run(asked.model_copy(update={"micro_batch": least}), device)
+    return found
+
+
 def _claim(config: RunConfig) -> Path:
     output = Path(config.output)
     if not config.resume:
@@ -118,6 +157,7 @@ def _claim(config: RunConfig) -> Path:
 
 def _train(
     config: RunConfig,
+    method: "Method",
     resolution: Resolution,
     device: Device,
     output: Path,
@@ -126,47 +166,54 @@ def _train(
 ) -> TrainResult:
     import torch
 
+    from fastft.engine.patch import ledger_of
     from fastft.measure.memory import PeakMemory
-    from fastft.training.session import build_session
+    from fastft.training.trl_loop import trl_loop
 
-    session = build_session(config, resolution.choices)
-    if session.tokenizer is None:
-        raise ModelError(
-            "a shipped shape has random weights and no tokenizer, so it cannot be fine-tuned", got=config.model,
-            fix="give a model folder or a hub name; shapes are for tune and bench",
-        )  # fmt: skip
-    samples, collate = training_samples(config, session.tokenizer, tell)
-    session.model.config.use_cache = False
-    record_in_saves(session.model, run_facts(config, resolution.plan, resolution.choices))
-    counter = _TokenCounter(collate)
-    first_steps = _first_steps(resolution, device, tell)
-    trainer = _trainer(
-        config, session, resolution.choices, device, output, samples, counter,
-        [*callbacks, *([first_steps] if first_steps else [])],
-    )  # fmt: skip
-    peak = PeakMemory(session.device)
+    choices = resolution.choices
+    # A plan promises the peak of SFT; what other methods need beside would unmake it for all runs.
+    first_steps = _first_steps(resolution, device, tell) if method.rows is None else None
+    callbacks = [*callbacks, *([first_steps] if first_steps else [])]
+    if method.rows is None:
+        loop = _sft_loop(config, choices, device, output, tell, callbacks)
+    else:
+        loop = trl_loop(method, config, choices, device, output, tell, callbacks)
+    record_in_saves(loop.model, run_facts(config, resolution.plan, choices))
+    tokens = loop.count()
+    peak = PeakMemory(loop.device)
     peak.start()
     started = time.perf_counter()
     try:
-        done = trainer.train(resume_from_checkpoint=True if config.resume else None)
+        done = loop.trainer.train(resume_from_checkpoint=True if config.resume else None)
     except torch.OutOfMemoryError:
         if first_steps is not None:
             first_steps.out_of_memory()
         raise
     seconds = time.perf_counter() - started
     memory = peak.stop()
-    save_adapter(session.model, session.tokenizer, output)
-    tell("ledger: " + "; ".join(f"{count}× {path}" for path, count in session.ledger().items()))
+    save_adapter(loop.model, loop.tokenizer, output)
+    ledger = ledger_of(loop.model)
+    counts = ledger.counts() if ledger is not None else {"model: stock": 1}
+    tell("ledger: " + "; ".join(f"{count}× {path}" for path, count in counts.items()))
+    measure = None
+    if loop.evaluates:
+        found = loop.trainer.evaluate()
+        measure = {name: float(found[f"eval_{name}"]) for name in method.measures}
     plan_id = resolution.plan.id if resolution.plan is not None else None
-    rate = counter.tokens / seconds
+    rate = tokens() / seconds
     retries = memory.allocator_retries
     message = (
-        f"adapter saved to {output}: {done.global_step} steps, loss {done.training_loss:.4f}, {rate:,.0f} tokens/s, "
-        f"peak {gib(memory.peak_bytes)}" + (f", {retries} allocator retries" if retries else "")
+        f"adapter saved to {output}: {done.global_step} steps, loss {done.training_loss:.4f}, "
+        + (f"{rate:,.0f} tokens/s, " if rate else "")
+        + f"peak {gib(memory.peak_bytes)}"
+        + (f", {retries} allocator retries" if retries else "")
+        + ("; held out: " if measure else "")
+        + ", ".join(f"{name} {value:.4f}" for name, value in (measure or {}).items())
     )
     return TrainResult(
-        output, done.global_step, done.training_loss, rate, seconds, memory.peak_bytes, retries, plan_id, message
-    )
+        output, done.global_step, done.training_loss, rate, seconds, memory.peak_bytes, retries, plan_id, message,
+        measure,
+    )  # fmt: skip
 
 
 def _first_steps(resolution: Resolution, device: Device, tell: Callable[[str], None]) -> Any:
@@ -180,9 +227,10 @@ def _first_steps(resolution: Resolution, device: Device, tell: Callable[[str], N
 
 
 def training_samples(
-    config: RunConfig, tokenizer: Any, tell: Callable[[str], None]
+    config: RunConfig, tokenizer: Any, tell: Callable[[str], None], *, held_out: bool = False
 ) -> tuple[list[Any], Callable[..., Any]]:
-    """The training samples (examples, or packs of them) and the function that makes a batch of some.
+    """The training samples (examples, or packs of them) and the function that makes a batch of some; those of
+    `eval_data` if `held_out`.
 
     Raises:
         DataError: the data cannot be read or encoded.
@@ -194,7 +242,10 @@ def training_samples(
     from fastft.data.packing import pack
     from fastft.data.sources import load_conversations
 
-    conversations = load_conversations(config.data, split="train", count=EMBEDDED_ROWS, seed=config.seed)
+    data = config.eval_data if held_out and config.eval_data is not None else config.data
+    split: Split = "test" if held_out and data == "embedded" else "train"  # a file is its own training split
+    count = EVALUATED_ROWS if held_out else EMBEDDED_ROWS
+    conversations = load_conversations(data, split=split, count=count, seed=config.seed)
     encoded = encode(
         conversations,
         tokenizer,
@@ -206,7 +257,8 @@ def training_samples(
     if pad is None:
         raise DataError("the tokenizer has neither a pad nor an eos token", got=config.model, fix="set one of them")
     tell(
-        f"data: {len(encoded.examples)} samples, {encoded.tokens:,} tokens, {encoded.labelled_tokens:,} labelled"
+        f"{'held out' if held_out else 'data'}: {len(encoded.examples)} samples, {encoded.tokens:,} tokens, "
+        f"{encoded.labelled_tokens:,} labelled"
         + (f", {encoded.truncated} cut at {config.sequence_tokens} tokens" if encoded.truncated else "")
         + (f", {encoded.dropped} dropped" if encoded.dropped else "")
     )
@@ -216,53 +268,34 @@ def training_samples(
     return list(packs), partial(collate_packs, pad_token_id=pad)
 
 
-class _TokenCounter:
-    """A collator that counts the real tokens of each batch, and knows how many batches were trained.
-
-    The loader makes batches ahead of the loop, some that it never comes to.
-    """
-
-    def __init__(self, collate: Callable[..., dict[str, Any]]) -> None:
-        self._collate = collate
-        self._tokens: list[int] = []
-        self.trained = 0
-
-    def __call__(self, samples: list[Any]) -> dict[str, Any]:
-        batch = self._collate(samples)
-        mask = batch.get("attention_mask")
-        self._tokens.append(int(mask.sum()) if mask is not None else batch["input_ids"].numel())
-        return batch
-
-    @property
-    def tokens(self) -> int:
-        """Of the batches that were trained."""
-        return sum(self._tokens[: self.trained])
-
-
-def _trainer(
+def _sft_loop(
     config: RunConfig,
-    session: Any,
     choices: Choices,
     device: Device,
     output: Path,
-    samples: list[Any],
-    counter: _TokenCounter,
-    callbacks: list[Any],
-) -> Any:
-    import sys
-
+    tell: Callable[[str], None],
+    callbacks: Sequence[Any],
+) -> "Loop":
+    """The loop of method sft."""
     import torch
     import transformers
 
     from fastft.engine.clipping import clip_gradients_
+    from fastft.training.loop import Loop, TokenCounter, training_arguments
+    from fastft.training.session import build_session
+    from fastft.training.trl_loop import no_tokenizer
 
-    class Count(transformers.TrainerCallback):
-        def on_substep_end(self, *_: Any, **__: Any) -> None:
-            counter.trained += 1
+    session = build_session(config, choices)
+    if session.tokenizer is None:
+        raise no_tokenizer(config)
+    samples, collate = training_samples(config, session.tokenizer, tell)
+    held_out = None
+    if config.eval_data is not None:
+        held_out, _ = training_samples(config, session.tokenizer, tell, held_out=True)
+    session.model.config.use_cache = False
+    counter = TokenCounter(collate)
 
-        on_step_end = on_substep_end  # a step's last micro-batch
-
-    class Loop(transformers.Trainer):
+    class Trainer(transformers.Trainer):
         """Clips all gradients at once."""
 
         def _clip_grad_norm(self, model: Any) -> torch.Tensor:
@@ -273,42 +306,22 @@ def _trainer(
             return self._clip_grad_norm(model) if grad_norm is None else grad_norm
 
     arguments = transformers.TrainingArguments(
-        output_dir=str(output),
-        per_device_train_batch_size=choices.micro_batch,
-        gradient_accumulation_steps=choices.accumulation,
-        max_steps=config.steps,
-        num_train_epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        # transformers' `constant` has no warm-up.
-        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_gradient_norm,
-        bf16=session.dtype == torch.bfloat16,
-        fp16=session.dtype == torch.float16,
-        use_cpu=device.kind == "cpu",
-        seed=config.seed,
-        logging_steps=config.log_steps,
-        # A loss that is no number is to be seen, and to look for one the host would wait for the device at every step.
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if config.save_steps else "no",
-        save_steps=config.save_steps or 500,
-        report_to=[],
+        **training_arguments(config, choices, device, session.dtype, output),
+        per_device_eval_batch_size=choices.micro_batch,
+        prediction_loss_only=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=device.kind == "cuda",
-        # From pinned memory; the host then does not wait for the step before to copy a batch.
-        accelerator_config={"non_blocking": device.kind == "cuda"},
-        disable_tqdm=not sys.stderr.isatty(),
         label_names=["labels"],
     )
-    return Loop(
+    trainer = Trainer(
         model=session.model,
         args=arguments,
         train_dataset=samples,
+        eval_dataset=held_out,
         data_collator=lambda samples: session.told(counter(samples)),
         optimizers=(session.optimizer, None),
-        callbacks=[Count(), *callbacks],
+        callbacks=list(callbacks),
     )
+    return Loop(trainer, session.model, session.tokenizer, session.device, counter, evaluates=held_out is not None)
 
 
 def save_adapter(model: Any, tokenizer: Any, output: Path) -> None:
@@ -320,7 +333,8 @@ def save_adapter(model: Any, tokenizer: Any, output: Path) -> None:
     temporary: Path | None = None
     try:
         temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=output))
-        model.save_pretrained(temporary)
+        # A trainer may have added others, for a reference or a value.
+        model.save_pretrained(temporary, selected_adapters=["default"])
         tokenizer.save_pretrained(temporary)
         files = sorted(temporary.iterdir(), key=lambda file: file.name == "adapter_config.json")
         for file in files:

@@ -115,6 +115,17 @@ def test_what_the_run_sets_itself_says_nothing_about_the_plan(config: RunConfig,
     assert not Verifications().folder.exists()
 
 
+def test_a_run_of_another_method_follows_the_plan_and_says_nothing_about_it(
+    config: RunConfig, counters: type[Counters], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reference, or what is sampled, needs memory that the plan promised nothing about."""
+    monkeypatch.setattr(counters, "peak", 2 * PEAK)
+    followed, lines = run(config, method="grpo", settings={"num_generations": 2})
+    assert followed == made_for(config).id
+    assert len(lines) == 1
+    assert not Verifications().folder.exists()
+
+
 def test_a_lack_of_memory_rejects_whenever_it_comes(
     config: RunConfig, counters: type[Counters], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

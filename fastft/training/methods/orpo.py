@@ -9,16 +9,42 @@ Legend: B prompts, S tokens a row; a batch has 2·B rows, the chosen and then th
 from typing import Any
 
 import torch
+from pydantic import Field
 
+from fastft.data.calculations import preferences
+from fastft.data.trl_rows import PREFERENCE
 from fastft.engine.attach import WeakMethod
 from fastft.engine.loss import IGNORED
 from fastft.engine.patch import base_model
 from fastft.engine.trl_head import take_off
+from fastft.training.methods.method import Method, OfferedSettings
 
 _NAME = "concatenated_forward"
 _BEFORE = "_fastft_forward_before"
 """Where a trainer keeps what its model's `forward` was."""
 _STATISTICS = ("log_probs", "mean_logits")
+
+
+class OrpoSettings(OfferedSettings):
+    """As `trl.experimental.orpo.ORPOConfig` describes them."""
+
+    beta: float | None = Field(None, gt=0)
+    """Weight of the odds ratio's loss: λ in the paper."""
+
+
+METHOD = Method(
+    name="orpo",
+    trainer="trl.experimental.orpo:ORPOTrainer",
+    arguments="trl.experimental.orpo:ORPOConfig",
+    rows=PREFERENCE,
+    examples=lambda split, count, seed: preferences(split, count, seed=seed),
+    settings=OrpoSettings,
+    measures=("rewards/accuracies", "rewards/margins"),
+    learning_rate=1e-5,
+    sequences=2,
+    least_sequences=2,
+    masks=("chosen_attention_mask", "rejected_attention_mask"),
+)
 
 
 def put_in(trainer: Any) -> bool:
