@@ -14,19 +14,17 @@ from typing import NamedTuple
 
 import torch
 
-from fastft.adapters.adapted import AdaptedLinear
+from fastft.engine.dropped import dropped_of
 from fastft.engine.parts import LayerCall, StepContext
 from fastft.engine.saved import SAVED, Activations, Saved
 from fastft.engine.tiles import backward_in_tiles, in_tiles
 from fastft.engine.variants import by_linear, halves, of_variants, output_products, resolved, with_term
-from fastft.kernels.dropout import Dropped
 from fastft.kernels.lora_linear import AdapterTerm
 from fastft.kernels.lora_linear.reference import (
     ScaledInput,
     a_gradients,
     adapter_terms,
     b_gradients,
-    drop,
     input_gradient,
     lora_linear,
     lora_linear_backward,
@@ -94,7 +92,7 @@ def _attention_block(made: Activations, call: LayerCall) -> tuple[Activations, t
     parts, context = call.parts, call.context
     h1, rstd1 = call.ops.normalise(made.x, parts.input_norm)
     left_out = (0, 1) if _rotation_adds(call) else ()
-    dropped = _dropped(h1, parts.qkv, _QKV, call, made.low_qkv)
+    dropped = dropped_of(h1, parts.qkv, _QKV, call, made.low_qkv)
     outputs, low_qkv = lora_linear(h1, parts.qkv, dropped=dropped, low_TR=made.low_qkv, left_out=left_out)
     del dropped
     # Those of a packed linear are views of its output.
@@ -109,7 +107,7 @@ def _attention_block(made: Activations, call: LayerCall) -> tuple[Activations, t
     per_sequence = (_per_sequence(t, context, parts.head_dim) for t in (made.q, made.k, v))
     attended, attention_saved = context.attention.forward(*per_sequence, context.seen, parts.scale)
     attended = pick_rows(attended.flatten(0, 1).flatten(1), context.rows_R)
-    dropped = _dropped(attended, (parts.o,), _O, call, made.low_o)
+    dropped = dropped_of(attended, (parts.o,), _O, call, made.low_o)
     (o,), low_o = lora_linear(attended, (parts.o,), dropped=dropped, low_TR=made.low_o)
     return _residual_block(made._replace(attended=attended, low_o=low_o), o, call), attention_saved
 
@@ -163,7 +161,7 @@ def _gate_up_block(made: Activations, call: LayerCall) -> Activations:
     outputs, low = lora_linear(
         made.h2,
         parts.gate_up,
-        dropped=_dropped(made.h2, parts.gate_up, _GATE_UP, call, made.low_gate_up),
+        dropped=dropped_of(made.h2, parts.gate_up, _GATE_UP, call, made.low_gate_up),
         low_TR=made.low_gate_up,
         left_out=range(len(parts.gate_up)) if _activation_adds(call) else (),
     )
@@ -195,7 +193,7 @@ def _down_block(made: Activations, call: LayerCall) -> tuple[Activations, torch.
     (down,), low_down = lora_linear(
         act,
         (parts.down,),
-        dropped=_dropped(act, (parts.down,), _DOWN, call, made.low_down),
+        dropped=dropped_of(act, (parts.down,), _DOWN, call, made.low_down),
         low_TR=made.low_down,
         left_out=(0,) if _residual_adds(call) else (),
     )
@@ -289,7 +287,7 @@ def _mlp_backward(
     if dlow is not None and not _scales(parts.mlp_norm, dy.dtype):
         made = _mlp_input(made, call)
     x = _input(made.x2, made.h2, made.rstd2, parts.mlp_norm)
-    dropped = _dropped(made.x2, parts.gate_up, _GATE_UP, call)
+    dropped = dropped_of(made.x2, parts.gate_up, _GATE_UP, call)
     da = a_gradients(dlow, x, parts.gate_up, dropped)
     dh2 = input_gradient(d.gate_up, dlow, parts.gate_up, dropped)
     gradients = [*by_linear(da, d.db_gate_up, of_gate_up), d.da_down, d.db_down, of_down, None]
@@ -316,7 +314,7 @@ def _through_activation(
     parts, down = call.parts, (call.parts.down,)
     dlow, (db_down,) = call.ops.narrow_gradients((ddown,), made.low_down, down)
     adds = _activation_adds(call)
-    dropped = _dropped(made.gate if made.up is None else made.up, down, _DOWN, call)
+    dropped = dropped_of(made.gate if made.up is None else made.up, down, _DOWN, call)
     dact = input_gradient((ddown,), None if adds else dlow, down, None if adds else dropped)
     packed = dact.new_empty(dact.shape[0], 2 * dact.shape[1]) if parts.gated and len(parts.gate_up) == 1 else None
     halves = None if packed is None else packed.chunk(2, dim=1)
@@ -360,7 +358,7 @@ def _attention_backward(
     assert made.attended is not None
     do = _behind_backward(dx2, made.o, made.o_rstd, parts.post_attention_norm, call)
     narrow = call.ops.narrow_gradients
-    dropped = _dropped(made.attended, (parts.o,), _O, call)
+    dropped = dropped_of(made.attended, (parts.o,), _O, call)
     o = lora_linear_backward((do,), made.attended, made.low_o, (parts.o,), dropped=dropped, narrow=narrow)
     assert o.dx_TI is not None
     of_o = output_products((do,), (made.o,), (parts.o,), call)
@@ -387,7 +385,7 @@ def _attention_backward(
     dy = rows if len(parts.qkv) == len(rows) else [torch.cat(rows, dim=1)]
     del rows, outputs
     x = _input(made.x, h1, made.rstd1, parts.input_norm)
-    dropped = _dropped(made.x, parts.qkv, _QKV, call)
+    dropped = dropped_of(made.x, parts.qkv, _QKV, call)
     qkv = lora_linear_backward(dy, x, made.low_qkv, parts.qkv, dropped=dropped, needs_dx=needs_dx, narrow=narrow)
     gradients = by_linear(qkv.da, qkv.db, of_qkv) + o_gradients
     del dy, x, dropped
@@ -397,21 +395,6 @@ def _attention_backward(
     if dh1 is not None:
         qkv.dx_TI.add_(dh1)
     return call.ops.normalise_backward(qkv.dx_TI, made.x, parts.input_norm, made.rstd1, dx2), gradients
-
-
-def _dropped(
-    x_TI: torch.Tensor | None,
-    group: Sequence[AdaptedLinear],
-    place: int,
-    call: LayerCall,
-    low_TR: torch.Tensor | None = None,
-) -> Dropped | None:
-    """What the group's adapters drop of their input, which has the rows of `x_TI`; None where `low_TR` is known."""
-    if low_TR is not None or not call.parts.has_dropout:
-        return None
-    assert x_TI is not None
-    dtype = call.parts.dtype or x_TI.dtype
-    return drop(group, len(x_TI), dtype, x_TI.device, call.seed + place, call.ops.dropout)
 
 
 def _scales(norm: Norm | None, dtype: torch.dtype) -> bool:
