@@ -10,6 +10,7 @@ from fastft.kernels.dropout import triton
 @pytest.mark.parametrize("ranks", [(16, 16, 16), (64,)], ids=str)
 @pytest.mark.parametrize("operation", ["masks", "low_rank", "a_gradients", "input_gradient"])
 def test_dropout(benchmark, operation, ranks):
+    """One operation, to its end on the GPU."""
     T, K, device = 8192, 4096, torch.device("cuda")
     x_TK, a_RK, dlow_TR = (
         torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in ((T, K), (sum(ranks), K), (T, sum(ranks)))
