@@ -1,5 +1,7 @@
 """Masks and products of LoRA's dropout, at the sizes of an 8B model."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from fastft.kernels.dropout import triton
 @pytest.mark.gpu
 @pytest.mark.parametrize("ranks", [(16, 16, 16), (64,)], ids=str)
 @pytest.mark.parametrize("operation", ["masks", "low_rank", "a_gradients", "input_gradient"])
-def test_dropout(benchmark, operation, ranks):
+def test_dropout(benchmark: Any, operation: str, ranks: tuple[int, ...]) -> None:
     """One operation, to its end on the GPU."""
     T, K, device = 8192, 4096, torch.device("cuda")
     x_TK, a_RK, dlow_TR = (
