@@ -203,3 +203,14 @@ def _problem(random: Random, split: Split) -> Problem:
         story=story, question=question, conclusion=conclusion,
         instruction=random.choice(INSTRUCTIONS[language]),
     )  # fmt: skip
+
+
+def calculation(random: Random, operators: str = "+++---×", least: int = 0) -> tuple[int, str, int, int]:
+    """A random fact (left, operator, right, result): summands between `least` and `LARGEST`, factors above `least`."""
+    operator = random.choice(operators)
+    if operator == "×":
+        left, right = random.randint(1 + least, 9), random.randint(1 + least, 9)
+        return left, operator, right, left * right
+    larger = random.randint(1 + least, LARGEST)
+    part = random.randint(least, larger - least)
+    return (part, "+", larger - part, larger) if operator == "+" else (larger, "-", part, larger - part)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-from fastft.data.arithmetic import LARGEST, Split, split_of
+from fastft.data.arithmetic import LARGEST, Split, calculation, split_of
 from fastft.errors import DataError
 
 MAX_CALCULATIONS = {"train": 4096, "test": 512}
@@ -39,7 +39,7 @@ def calculations(split: Split, count: int, *, seed: int = 0) -> list[tuple[str, 
     random = Random(f"fastft calculations {split} {seed}")
     found: dict[str, tuple[str, int, int]] = {}
     while len(found) < count:
-        left, operator, right, result = _calculation(random)
+        left, operator, right, result = calculation(random, "+-×", least=1)
         if split_of(operator, (left, right)) == split:
             wrong = random.choice([number for number in range(LARGEST + 1) if number != result])
             prompt = f"{left} {operator} {right} ="
@@ -86,14 +86,3 @@ def right_answer(completions: Sequence[str], answer: Sequence[int], **_: Any) ->
         number = _NUMBER.match(completion)
         rewards.append(float(number is not None and int(number[1]) == right))
     return rewards
-
-
-def _calculation(random: Random) -> tuple[int, str, int, int]:
-    """(left, operator, right, result), within the numbers that the embedded model was taught."""
-    operator = random.choice("+-×")
-    if operator == "×":
-        left, right = random.randint(2, 9), random.randint(2, 9)
-        return left, operator, right, left * right
-    larger = random.randint(2, LARGEST)
-    part = random.randint(1, larger - 1)
-    return (part, "+", larger - part, larger) if operator == "+" else (larger, "-", part, larger - part)

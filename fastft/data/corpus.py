@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import cycle, islice
 from random import Random
 
-from fastft.data.arithmetic import LARGEST, Problem, problems
+from fastft.data.arithmetic import LARGEST, Problem, calculation, problems
 from fastft.data.wordings import CHINESE_ITEMS, ENGLISH_ITEMS, NAMES
 
 USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"
@@ -30,28 +30,17 @@ def documents(count: int, *, seed: int = 0) -> Iterator[str]:
         yield _statement(random, problem) if kind is None else kind(random)
 
 
-def _calculation(random: Random) -> tuple[int, str, int, int]:
-    """A random fact (left, operator, right, result); every number is between 0 and `LARGEST`."""
-    operator = random.choice("+++---×")
-    if operator == "×":
-        left, right = random.randint(1, 9), random.randint(1, 9)
-        return left, operator, right, left * right
-    larger = random.randint(1, LARGEST)
-    part = random.randint(0, larger)
-    return (part, "+", larger - part, larger) if operator == "+" else (larger, "-", part, larger - part)
-
-
 def _equation_list(random: Random) -> str:
     lines = []
     for _ in range(random.randint(4, 8)):
-        left, operator, right, result = _calculation(random)
+        left, operator, right, result = calculation(random)
         lines.append(f"{left} {operator} {right} = {result}")
     return "\n".join(lines)
 
 
 def _facts(random: Random) -> str:
     """Calculations in words, or worked by tens and ones."""
-    left, operator, right, result = _calculation(random)
+    left, operator, right, result = calculation(random)
     words = {"+": ("plus", "加"), "-": ("minus", "减"), "×": ("times", "乘以")}[operator]
     form = random.randrange(5)
     if form == 0:
@@ -124,7 +113,7 @@ def _small_talk(random: Random) -> str:
             item = random.choice(ENGLISH_ITEMS)
             turns.append((user.format(name=name, item=item), assistant.format(name=name, item=item)))
         else:
-            left, operator, right, result = _calculation(random)
+            left, operator, right, result = calculation(random)
             turns.append((f"{left} {operator} {right}", f"{left} {operator} {right} = {result}"))
     return "".join(f"{USER}{user}{END}{ASSISTANT}{assistant}{END}" for user, assistant in turns).rstrip("\n")
 

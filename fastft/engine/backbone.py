@@ -111,7 +111,8 @@ def run_straight(
     if settings.host_embedding:
         keep_on_host(backbone.get_input_embeddings())  # type: ignore[operator]
     # What a changed layer makes come again must be nothing that anybody sees.
-    unseen = reading.quiet and not reading.may_drop and _embeds_plainly(backbone, spec)
+    plain = _embeds_plainly(backbone, spec)
+    unseen = reading.quiet and not reading.may_drop and plain
     reading.refresh(backbone, spec, settings.resident_layers, while_running=unseen)
     reason = why_not_gathered(backbone, given)
     if reason is not None:
@@ -140,7 +141,10 @@ def run_straight(
         return reason or f"its input is on {hidden.device}, its weights on {weight.device}"
     if has_hooks(norm) or not is_ours(norm, norm_forward):
         targets = None  # somebody sees what goes into it
-    gathered = _owned(backbone, spec, given, gathered)
+    if not ((plain and given.get("inputs_embeds") is None) or spec.embedding_multiplier is not None):
+        # They may be a buffer that somebody fills anew.
+        own_BSD = owned(gathered.hidden_BSD)
+        gathered = gathered._replace(hidden_BSD=own_BSD, embeds_BSD=own_BSD)
     run = _Run(settings, reading.stack, gathered, layers)
     y_BSD, rows_R = _masked(backbone, run, given, targets)
     if not reading.look.unchanged:
@@ -248,15 +252,6 @@ def why_not_gathered(backbone: nn.Module, given: dict[str, Any]) -> str | None:
     if positions is not None and (positions.dim() != 2 or positions.shape[1] != S or positions.shape[0] not in (1, B)):
         return f"positions have the shape {tuple(positions.shape)}"
     return None
-
-
-def _owned(backbone: nn.Module, spec: LayerSpec, given: dict[str, Any], gathered: Inputs) -> Inputs:
-    """`gathered` with hidden states of its own, where they may be a buffer that somebody fills anew."""
-    made_here = given.get("inputs_embeds") is None and _embeds_plainly(backbone, spec)
-    if made_here or spec.embedding_multiplier is not None:
-        return gathered
-    own_BSD = owned(gathered.hidden_BSD)
-    return gathered._replace(hidden_BSD=own_BSD, embeds_BSD=own_BSD)
 
 
 def _embeds_plainly(backbone: nn.Module, spec: LayerSpec) -> bool:

@@ -120,8 +120,8 @@ class ModelReading:
         )  # fmt: skip
         modules = [*layers, norm, getattr(backbone, spec.rotary_embedding, None)]
         replaced = len(modules) != len(self._modules) or not all(map(is_, modules, self._modules))
-        unchanged = not replaced and around == self._around and self._watch is not None
-        if unchanged and self._watch is not None:
+        unchanged = False
+        if self._watch is not None and not replaced and around == self._around:
             self.look = self._watch.look()
             unchanged = self.look.at(AROUND) if while_running and self.ran_whole else self.look.at_all()
         if not unchanged or (resident_layers and not self.resident.hold()):

@@ -1,6 +1,5 @@
 """`fastft train --method`, for real, on the embedded model: each method, what it saves, and what it refuses."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ from fastft.training.methods import METHODS, method_named
 
 Cli = Callable[..., Any]
 
-WITHOUT_PPO = importlib.util.find_spec("fastft.training.methods.ppo") is None
 TRL = ("dpo", "orpo", "kto", "reward", "grpo", "rloo")
 RUN = ["--device", "cpu", "--batch-size", "4", "--seq-len", "32", "--rank", "4", "--log-steps", "1", "--plan", "none"]
 CHAT = {"role": "user", "content": "1 + 1"}
@@ -60,7 +58,7 @@ def test_the_table_has_a_row_for_each_method_that_a_run_can_name() -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [*TRL, pytest.param("ppo", marks=pytest.mark.skipif(WITHOUT_PPO, reason="its trainer is not here"))],
+    [*TRL, "ppo"],
 )
 def test_a_method_trains_the_embedded_rows_fused_and_saves_pefts_files(method: str, cli: Cli, work: Path) -> None:
     groups = ["--settings", "num_generations=2"] if method in ("grpo", "rloo") else []

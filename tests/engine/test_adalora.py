@@ -98,7 +98,8 @@ def test_ranks_scalings_targets_and_biases(backend, change, adalora, batch_of, s
     patch_model(model, backend=backend, placement=["light", "mlp", "full"], strict=True)
     fused_loss, fused = step(model, batch)
     assert fused_loss == pytest.approx(loss, rel=1e-5)
-    assert error_of(fused, gradients) < 5 * TOLERANCE if backend == "triton" else TOLERANCE
+    # Stock's own rounding: one E's gradient is 1.6e-5 off fp64's there, and 7e-6 here.
+    assert error_of(fused, gradients) < (5 if backend == "triton" else 2) * TOLERANCE
     assert_all_fused(model)
 
 

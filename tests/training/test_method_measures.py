@@ -4,7 +4,6 @@ The difference must be more than three standard errors of it, over three seeds:
 (mean − mean of shuffled) / √(s²/3 + s'²/3), with s and s' the sample deviations.  What was found is in docs/methods.md.
 """
 
-import importlib.util
 import json
 import math
 import random
@@ -56,7 +55,6 @@ CASES = {
     "rloo": Case("reward", steps=16, learning_rate=1e-3, batch=64, settings=GROUPS),
     "ppo": Case("objective/scores", steps=12, learning_rate=2e-3, batch=32),
 }
-WITHOUT_PPO = importlib.util.find_spec("fastft.training.methods.ppo") is None
 
 
 def rows_of(method: str, count: int, seed: int, *, shuffled: bool) -> list[dict[str, Any]]:
@@ -109,10 +107,7 @@ def measured(method: str, seed: int, folder: Path, *, shuffled: bool) -> float:
 @pytest.mark.timeout(900)  # a machine that is busy with something else takes four times as long
 @pytest.mark.parametrize(
     "method",
-    [
-        pytest.param(name, marks=pytest.mark.skipif(name == "ppo" and WITHOUT_PPO, reason="its trainer is not here"))
-        for name in CASES
-    ],
+    CASES,
 )
 def test_the_measure_rises_over_what_shuffled_gives(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
