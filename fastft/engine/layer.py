@@ -287,7 +287,7 @@ def _mlp_backward(
     if dlow is not None and not _scales(parts.mlp_norm, dy.dtype):
         made = _mlp_input(made, call)
     x = _input(made.x2, made.h2, made.rstd2, parts.mlp_norm)
-    dropped = dropped_of(made.x2, parts.gate_up, _GATE_UP, call)
+    dropped = dropped_of(made.x if made.x2 is None else made.x2, parts.gate_up, _GATE_UP, call)
     da = a_gradients(dlow, x, parts.gate_up, dropped)
     dh2 = input_gradient(d.gate_up, dlow, parts.gate_up, dropped)
     gradients = [*by_linear(da, d.db_gate_up, of_gate_up), d.da_down, d.db_down, of_down, None]

@@ -7,8 +7,9 @@ import pytest
 
 from fastft.backends import BACKEND_NAMES, BACKENDS, TUNABLE, Backend, load_backend, triton_can_run
 from fastft.errors import BackendError
+from fastft.kernels.dropout import Dropout
 
-OPERATIONS = [name for name in Backend._fields if name not in ("name", "max_rank", "launches")]
+OPERATIONS = [name for name in Backend._fields if name not in ("name", "max_rank", "launches", "dropout")]
 
 
 def test_the_names():
@@ -33,6 +34,19 @@ def test_both_backends_take_the_same_arguments():
         assert shown[0] == shown[1], operation
         assert getattr(eager, operation) is not getattr(triton, operation), operation
     assert laid_out == set(TUNABLE)
+
+
+def test_both_backends_drop_by_the_same_arguments():
+    """But for how a product of Triton's is laid out."""
+    eager, triton = load_backend("eager").dropout, load_backend("triton").dropout
+    for operation in Dropout._fields:
+        expected = list(inspect.signature(getattr(eager, operation)).parameters.values())
+        found = list(inspect.signature(getattr(triton, operation)).parameters.values())
+        if found[-1].name == "layout":
+            assert found.pop().kind is inspect.Parameter.KEYWORD_ONLY, operation
+        shown = [[(p.name, p.kind, p.default) for p in parameters] for parameters in (expected, found)]
+        assert shown[0] == shown[1], operation
+        assert getattr(eager, operation) is not getattr(triton, operation), operation
 
 
 def test_launches_go_with_the_operations_that_have_them():

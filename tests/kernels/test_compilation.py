@@ -16,7 +16,7 @@ from fastft.kernels.launches import OPERATIONS, Bucket
 pytest.importorskip("triton")
 
 # A number is a 32-bit argument; None and what is named in capitals are constants.
-HALF, WIDE, TARGETS, NUMBER, COUNT = "*bf16", "*fp32", "*i64", "fp32", "i32"
+HALF, WIDE, TARGETS, BITS, NUMBER, COUNT = "*bf16", "*fp32", "*i64", "*u8", "fp32", "i32"
 Arguments = dict[str, Any]
 Compilation = tuple[str, Arguments, int]  # the last is the number of warps
 
@@ -92,7 +92,7 @@ def rope(inverse: bool) -> list[tuple[str, Arguments]]:
     return [("rope._rotate_kernel", {"x_ptr": HALF, "cos_ptr": HALF, "sin_ptr": HALF, **constants})]
 
 
-def adapted(kind: str, gated: bool, rank: int) -> list[tuple[str, Arguments]]:
+def adapted(kind: str, gated: bool, rank: int, drops: bool = False) -> list[tuple[str, Arguments]]:
     up, of_up = (HALF, rank) if gated else (None, 0)
     block_r = max(16, rank)
     terms = {
@@ -104,7 +104,8 @@ def adapted(kind: str, gated: bool, rank: int) -> list[tuple[str, Arguments]]:
         ("adapted._activate_kernel", {**shared, "act_ptr": HALF}),
         ("adapted._activate_backward_kernel", {
             **shared, "dact_ptr": HALF, "dgate_ptr": HALF, "dup_ptr": up, "sums_ptr": WIDE, "dlow_ptr": HALF,
-            "a_down_ptr": HALF, "dact_scaling": NUMBER, "RANK_DOWN": rank,
+            "a_down_ptr": HALF, "bits_ptr": BITS if drops else None, "dact_scaling": NUMBER, "keep_scale": NUMBER,
+            "RANK_DOWN": rank,
         }),
         ("adapted._add_kernel", {
             "x_ptr": HALF, "residual_ptr": HALF, "out_ptr": HALF, "low_ptr": HALF, "matrix_ptr": HALF,
@@ -116,6 +117,29 @@ def adapted(kind: str, gated: bool, rank: int) -> list[tuple[str, Arguments]]:
             **dict.fromkeys(("low_q_ptr", "b_q_ptr", "low_k_ptr", "b_k_ptr"), HALF if gated else None),
             "INVERSE": not gated, "HALF": 64, "RANK": of_up, "BLOCK_R": block_r, "BLOCK_T": 32, "STAGES": 3,
         }),
+    ]  # fmt: skip
+
+
+def dropout(kind: str, ranks: tuple[int, int, int]) -> list[tuple[str, Arguments]]:
+    block_r = max(16, *ranks)
+    shared = {
+        "a_ptr": kind, "dlow_ptr": kind, "x_ptr": kind, "bits_ptr": BITS, "FIRST": 0, "BLOCK_R": block_r,
+        **{f"scale_{index}": NUMBER for index in range(3)},
+        **{f"RANK_{index}": rank for index, rank in enumerate(ranks)},
+    }  # fmt: skip
+    count = sum(rank > 0 for rank in ranks)
+
+    def of(*left_out: str, **more: Any) -> Arguments:
+        return {name: value for name, value in shared.items() if name not in left_out} | more
+
+    tile = {"BLOCK_T": 64, "BLOCK_K": 64}
+    return [
+        ("dropout._bits_kernel", {
+            "bits_ptr": "*i32", "seed": "i64", "P_0": 3277, "P_1": 32768, "P_2": 0, "COUNT": count, "BLOCK_N": 256,
+        }),
+        ("dropout._low_rank_kernel", of("dlow_ptr", low_ptr=WIDE, STAGES=3, **tile)),
+        ("dropout._a_gradients_kernel", of("a_ptr", parts_ptr=WIDE, STAGES=2, **tile)),
+        ("dropout._input_gradient_kernel", of("x_ptr", dx_ptr=kind, **tile | {"BLOCK_K": 128})),
     ]  # fmt: skip
 
 
@@ -166,6 +190,9 @@ LAUNCHES = [
     *(launch for kind in ("gelu", "gelu_tanh") for launch in adapted(kind, True, 16)),
     *(launch for ranks in ((16, 0, 0), (64, 8, 16)) for low in (True, False) for launch in narrow(HALF, ranks, low)),
     *narrow(WIDE, (16, 0, 0), True),
+    *(launch for rank in (16, 64) for launch in adapted("silu", True, rank, drops=True)[1:2]),
+    *(launch for ranks in ((16, 0, 0), (64, 64, 64)) for launch in dropout(HALF, ranks)),
+    *dropout(WIDE, (16, 0, 0)),
     *(launch for dtype in ("fp32", "bf16", "fp16") for launch in dequantize(dtype == "bf16", dtype)),
 ]
 

@@ -1,6 +1,6 @@
 """LoRA's dropout in plain PyTorch: masks that are written out, and products of what they leave."""
 
-# T tokens, I in, R rank, N elements
+# T tokens, K columns of the input, R rank
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Masks = list[Tensor | None]
-"""Of each adapter: 0 or 1 / (1 − p), T × I; None where nothing is dropped."""
+"""Of each adapter: 0 or 1 / (1 − p), T × K; None where nothing is dropped."""
 
 
 def masks(
@@ -27,26 +27,26 @@ def dropout_mask(shape: tuple[int, int], p: float, seed: int, dtype: torch.dtype
     return mask.div_(1.0 - p) if p < 1.0 else mask
 
 
-def low_rank(x_TI: Tensor, a_RI: Tensor, ranks: Sequence[int], masks: Masks) -> Tensor:
+def low_rank(x_TK: Tensor, a_RK: Tensor, ranks: Sequence[int], masks: Masks) -> Tensor:
     """See `Dropout.low_rank`."""
-    of_each = zip(a_RI.split(list(ranks)), masks, strict=True)
-    return torch.cat([torch.mm(_kept(x_TI, mask), a.t()) for a, mask in of_each], dim=1)
+    of_each = zip(a_RK.split(list(ranks)), masks, strict=True)
+    return torch.cat([torch.mm(_kept(x_TK, mask), a.t()) for a, mask in of_each], dim=1)
 
 
-def a_gradients(dlow_TR: Tensor, x_TI: Tensor, ranks: Sequence[int], masks: Masks) -> Tensor:
+def a_gradients(dlow_TR: Tensor, x_TK: Tensor, ranks: Sequence[int], masks: Masks) -> Tensor:
     """See `Dropout.a_gradients`."""
     of_each = zip(dlow_TR.split(list(ranks), dim=1), masks, strict=True)
-    return torch.cat([torch.mm(dlow.t(), _kept(x_TI, mask)) for dlow, mask in of_each])
+    return torch.cat([torch.mm(dlow.t(), _kept(x_TK, mask)) for dlow, mask in of_each])
 
 
-def input_gradient(dlow_TR: Tensor, a_RI: Tensor, ranks: Sequence[int], masks: Masks) -> Tensor:
+def input_gradient(dlow_TR: Tensor, a_RK: Tensor, ranks: Sequence[int], masks: Masks) -> Tensor:
     """See `Dropout.input_gradient`."""
-    of_each = zip(dlow_TR.split(list(ranks), dim=1), a_RI.split(list(ranks)), masks, strict=True)
+    of_each = zip(dlow_TR.split(list(ranks), dim=1), a_RK.split(list(ranks)), masks, strict=True)
     first, *others = [_kept(torch.mm(dlow, a), mask) for dlow, a, mask in of_each]
     for other in others:
         first.add_(other)
     return first
 
 
-def _kept(x_TI: Tensor, mask_TI: Tensor | None) -> Tensor:
-    return x_TI if mask_TI is None else x_TI * mask_TI
+def _kept(x_TK: Tensor, mask_TK: Tensor | None) -> Tensor:
+    return x_TK if mask_TK is None else x_TK * mask_TK
