@@ -6,10 +6,12 @@ https://huggingface.co/docs/trl/grpo_trainer#using-a-custom-reward-function
 """
 
 import functools
-import importlib.util
 import inspect
 import math
+import sys
+import types
 from collections.abc import Callable, Iterable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +76,28 @@ def checked(function: Reward, place: str) -> Reward:
     return call_and_check
 
 
+class _LeavesNoBytecode(SourceFileLoader):
+    """Runs a user's file without a `__pycache__` beside it."""
+
+    def set_data(self, path: str, data: Any, *, _mode: int = 0o666) -> None:
+        """Where the import system would write bytecode: nothing."""
+
+
 def _run(path: Path, place: str) -> Any:
     if not path.is_file():
         raise ConfigError(f"there is no reward file {path}", got=place, fix="check the path")
-    spec = importlib.util.spec_from_file_location(f"fastft_reward_{path.stem}", path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise ConfigError(f"{path} is no Python file", got=place, allowed="FILE.py:function", fix="rename it to .py")
-    module = importlib.util.module_from_spec(spec)
+    name = f"fastft_reward_{path.stem}"
+    loader = _LeavesNoBytecode(name, str(path))
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    # Registered as an import would, or a dataclass of the file would not find its module.
+    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except Exception as error:
+        del sys.modules[name]
         raise ConfigError(
             f"the reward file {path} cannot be run", got=f"{type(error).__name__}: {error}", fix="correct the file"
         ) from error
