@@ -4,7 +4,7 @@
     python -m bench.trl_run --model qwen2-1.5b --method dpo --arm fastft --batch 2 --tokens 1024
 
 The trainer has TRL's own defaults but for what is asked here; the weights are random, or a model's own, and both arms
-see the same rows in the same order.  For GRPO and RLOO the time of generation and rewards is not counted.
+see the same rows in the same order.  GRPO and RLOO sample once, in the first step, and train on that in all of them.
 """
 
 import argparse
@@ -42,13 +42,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=16, help="AdaLoRA goes from this to half of it")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--warmup", type=int, default=4, help="steps that are not counted")
+    parser.add_argument("--warmup", type=int, default=4, help="steps that are not counted; the first samples")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     print(json.dumps(run(parser.parse_args(arguments))), flush=True)
 
 
 def run(asked: argparse.Namespace) -> dict[str, Any]:
-    """Train, and tell: milliseconds a step (median), peak memory, first and last losses, the ledger's counts."""
+    """Train, and tell: milliseconds a step (median), bytes before training and at the peak, losses, ledger."""
     import torch
 
     from fastft.hardware import detect_device
@@ -57,18 +57,20 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
     on_gpu = device.kind == "cuda"
     with _line(asked.arm):
         trainer, ledger = _trainer(asked, on_gpu)
-        times, aside = _timed(trainer, on_gpu)
+        times = _timed(trainer, on_gpu)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if on_gpu else None
         trainer.train()
         counts = ledger(trainer.model)
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    counted = [step - other for step, other in zip(times, aside, strict=True)][asked.warmup :]
+    counted = times[asked.warmup :]
     return {
         **vars(asked),
         "device_name": device.name,
         "milliseconds": round(1e3 * statistics.median(counted), 2),
         "steps_counted": len(counted),
+        "model_bytes": before,
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
         "first_losses": losses[:3],
@@ -110,7 +112,9 @@ def _trainer(asked: argparse.Namespace, on_gpu: bool) -> tuple[Any, Any]:
     if method == "sft":
         more = {"max_length": asked.tokens, "packing": asked.method == "sft-packed"}
     elif method in ("grpo", "rloo"):
-        more = {"max_completion_length": asked.tokens // 2, "num_generations": asked.batch}
+        more = {
+            "max_completion_length": asked.tokens // 2, "num_generations": asked.batch, "num_iterations": asked.steps,
+        }  # fmt: skip
     else:
         # Tokenized again, a text is a few tokens longer, and rows that are too long for a reward are left out.
         more = {"max_length": asked.tokens * (2 if method == "reward" else 1)}
@@ -201,13 +205,12 @@ def _length_of(completions: list[Any], **_: Any) -> list[float]:
     return [float(len(str(completion)) % 17) for completion in completions]
 
 
-def _timed(trainer: Any, on_gpu: bool) -> tuple[list[float], list[float]]:
-    """Fills with the seconds of each step, and of what of it is generation."""
+def _timed(trainer: Any, on_gpu: bool) -> list[float]:
+    """Fills with the seconds of each step."""
     import torch
     from transformers import TrainerCallback
 
     times: list[float] = []
-    aside: list[float] = []
 
     def now() -> float:
         if on_gpu:
@@ -217,25 +220,12 @@ def _timed(trainer: Any, on_gpu: bool) -> tuple[list[float], list[float]]:
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.began = now()
-            aside.append(0.0)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times.append(now() - self.began)
 
     trainer.add_callback(Clock())
-    name = "_generate_and_score_completions"
-    generate = getattr(trainer, name, None)
-    if generate is not None:
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = now()
-            made = generate(*args, **kwargs)
-            if aside:
-                aside[-1] += now() - began
-            return made
-
-        setattr(trainer, name, timed)
-    return times, aside
+    return times
 
 
 if __name__ == "__main__":
