@@ -22,7 +22,7 @@ _version = attrgetter("_version")
 def run_layers(x_BSD: torch.Tensor, run: Run) -> torch.Tensor:
     """The output (B × S × D, dtype of `x_BSD`) of the layers one after the other; differentiable in `x_BSD` and the
     adapters."""
-    output: torch.Tensor = DecoderStack.apply(x_BSD, run, *run.adapters)
+    output: torch.Tensor = DecoderStack.apply(x_BSD, run, torch.is_grad_enabled(), *run.adapters)
     return output
 
 
@@ -30,10 +30,13 @@ class DecoderStack(torch.autograd.Function):
     """See `run_layers`."""
 
     @staticmethod
-    def forward(ctx: Any, x_BSD: torch.Tensor, run: Run, *adapters: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, x_BSD: torch.Tensor, run: Run, has_backward: bool, *adapters: torch.Tensor | None
+    ) -> torch.Tensor:
         """Run the layers; each saves what its policy says."""
-        needs_x, _, *needs = ctx.needs_input_grad
-        first = 0 if needs_x else first_trained(run, needs)
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        # Without gradients `needs` is the same, but nothing is saved for a backward that does not come.
+        first = (0 if needs_x else first_trained(run, needs)) if has_backward else len(run.calls)
         ctx.in_use, kept = None, None
         with torch.autocast(x_BSD.device.type, enabled=False):
             if run.graphs is not None and first < len(run.calls):
@@ -60,7 +63,7 @@ class DecoderStack(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """Gradients of the input (None where nobody asks) and of each adapter matrix."""
         _ = ctx.saved_tensors  # raises where the graph was freed, or something was changed
-        needs_x, _, *needs = ctx.needs_input_grad
+        needs_x, _, _, *needs = ctx.needs_input_grad
         run, dy_BSD = ctx.run, grad_outputs[0].to(ctx.dtype)
         if ctx.versions != _versions(run, ctx.first):
             raise RuntimeError(
@@ -81,6 +84,7 @@ class DecoderStack(torch.autograd.Function):
                 gradients = run.bank.hand_out(run.bank.join(gradients))
         return (
             dx_BSD,
+            None,
             None,
             *(gradient if want else None for gradient, want in zip(gradients, needs, strict=True)),
         )

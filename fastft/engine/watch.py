@@ -8,6 +8,7 @@ launching the layer's kernels.  A `Watch` remembers them as flat lists that C co
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -80,7 +81,7 @@ class Watch:
         self._reached = together([*reached, *new.values()], [*bound, *of_class, *of_variants])
         self._layers = [attributes for attributes in self._attributes if "gradient_checkpointing" in attributes]
         self._registered, self._hooked = _registered(), self._now_hooked()
-        self._forwards = self._now_forwards()
+        self._forwards, self._checkpoints = self._now_forwards(), self._now_checkpoints()
         # Only what holds something: whatever is added to a module without parts or weights changes no result, unless it
         # comes with another `forward` or a hook.
         holding = [vars(m) for m in below]
@@ -116,6 +117,7 @@ class Watch:
             self._lengths == self._now_lengths()
             and all(map(is_, self._forwards, self._now_forwards()))
             and self._are_hooked_alike()
+            and self._are_checkpointed_alike()
             and self._computes_alike()
         )
 
@@ -126,6 +128,7 @@ class Watch:
         return (
             self.quiet == (not any(map(has_hooks, self._modules)))
             and all(then is now or (now is None and type(then) is WeakMethod) for then, now in forwards)
+            and self._are_checkpointed_alike()
             and self._computes_alike()
         )
 
@@ -188,15 +191,26 @@ class Watch:
             self._registered = registered
         return True
 
+    def _are_checkpointed_alike(self) -> bool:
+        """Whether the layers' checkpoints are what they were, or partials of the same: whenever Hugging Face turns
+        gradient checkpointing on, it makes a new one, and TRL turns it off and on for every reference."""
+        now = self._now_checkpoints()
+        if not all(map(is_, self._checkpoints, now)):
+            if not all(map(_are_same_partials, self._checkpoints, now)):
+                return False
+            self._checkpoints = now
+        return True
+
     def _now_hooked(self) -> list[Any]:
         return [list(each.values()) for each in chain.from_iterable(map(_hooks_of, self._attributes)) if each]
 
     def _now_forwards(self) -> list[Any]:
-        """What was put in the place of a module's `forward`, and how Hugging Face's layers are checkpointed."""
-        return [
-            *map(dict.get, self._attributes, repeat("forward")),
-            *map(dict.get, self._layers, repeat(CHECKPOINT)),
-        ]
+        """What was put in the place of a module's `forward`."""
+        return list(map(dict.get, self._attributes, repeat("forward")))
+
+    def _now_checkpoints(self) -> list[Any]:
+        """How Hugging Face's layers are checkpointed."""
+        return list(map(dict.get, self._layers, repeat(CHECKPOINT)))
 
     def _now_members(self) -> list[dict[str, Any]]:
         """The modules and parameters that each of them holds."""
@@ -234,6 +248,15 @@ def _are(then: list[Any], now: list[Any]) -> bool:
 def _same(one: Any, other: Any) -> bool:
     # A tensor may be equal now, and not the next time.
     return one is other or (type(one) is type(other) and isinstance(one, (*_CONSTANT, tuple)) and one == other)
+
+
+def _are_same_partials(one: Any, other: Any) -> bool:
+    return one is other or (
+        type(one) is type(other) is partial
+        and one.func is other.func
+        and one.keywords.keys() == other.keywords.keys()
+        and _are([*one.args, *one.keywords.values()], [*other.args, *other.keywords.values()])
+    )
 
 
 def _copied(value: Any) -> Any:
