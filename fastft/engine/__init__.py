@@ -17,6 +17,7 @@ A forward of a model of a known family (`fastft.models.spec`) goes straight thro
     loss.py           is head and cross-entropy, in chunks of labelled rows
     log_probs.py      is head and log-probabilities, of the same rows
     trl_head.py       answers what TRL's trainers ask of the head that they add
+    adapters_off.py   turns adapters off and on for a reference, as PEFT does and faster
     last_hidden.py    gives the last hidden states, for values and scores made of them
     precision.py      says which dtype is computed in
     deferred.py       makes what an output holds and training did not compute, when somebody looks

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastft.backends import Backend, load_backend
-from fastft.engine import optimizer_step, trl_head, walks
+from fastft.engine import adapters_off, optimizer_step, trl_head, walks
 from fastft.engine.attach import STATE, WeakModule, attach, detach, list_in
 from fastft.engine.backbone import backbone_forward
 from fastft.engine.forwards import layer_forward
@@ -122,6 +122,7 @@ def patch_model(
         ledger = _patch_parts_only(causal_lm, unspecified, chosen, ops, loss_chunk_tokens, strict=strict)
         walks.install(model)
         trl_head.install(model)
+        adapters_off.install(model)
         list_in(_patched, causal_lm)
         return ledger
     if host_embedding and (reason := why_not_on_host(causal_lm)) is not None:
@@ -190,6 +191,7 @@ def patch_model(
     _install_parts(parts)
     walks.install(model)
     trl_head.install(model)
+    adapters_off.install(model)
     list_in(_patched, causal_lm)
     ledger.tell()
     return ledger
