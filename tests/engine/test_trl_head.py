@@ -11,9 +11,11 @@ import pytest
 import torch
 import trl.trainer.utils as trl_utils
 from torch import Tensor
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head
 
 from fastft import ledger_of, patch_model, unpatch_model
+from fastft.engine import stack
 from fastft.engine.attach import is_ours
 from fastft.engine.state import state_of
 from fastft.engine.trl_head import trls_head, tuner_forward
@@ -305,3 +307,44 @@ def test_dropout_is_drawn_anew_and_off_in_evaluation(toy, batch_of):
         model.eval()
         one, other = (ask(model, batch_of("none")).log_probs for _ in range(2))
         assert torch.equal(one, other)
+
+
+def test_a_forward_without_gradients_keeps_nothing(both, batch_of, monkeypatch):
+    """A policy's old log-probabilities, or a reference's, would else have every layer's intermediates at once."""
+    kept: list[Any] = []
+    forward_run = stack.forward_run
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        y_BSD, of_layers = forward_run(*args, **kwargs)
+        kept.append([each is None for each in of_layers])
+        return y_BSD, of_layers
+
+    monkeypatch.setattr(stack, "forward_run", told)
+    _, model = both()
+    model.get_base_model().enable_input_require_grads()  # as gradient checkpointing does
+    with torch.no_grad():
+        ask(model, batch_of("right"))
+        with model.disable_adapter():
+            ask(model, batch_of("right"))
+    ask(model, batch_of("right")).log_probs.sum().backward()
+    layers = len(kept[0])
+    assert kept == [[True] * layers, [True] * layers, [False] * layers]
+
+
+def test_gradient_checkpointing_off_and_on_reads_no_layer_anew(both, batch_of):
+    """As TRL does around each reference; Hugging Face makes a new partial each time."""
+    _, model = both()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    settings = state_of(model.get_base_model()).settings
+
+    def step() -> int:
+        ask(model, batch_of("right")).log_probs.sum().backward()
+        with torch.no_grad(), disable_gradient_checkpointing(model, {"use_reentrant": False}), model.disable_adapter():
+            ask(model, batch_of("right"))
+        return sum(reading.count for reading in settings._read().by_adapters.values())
+
+    counts = [step() for _ in range(4)]
+    assert counts == [2] * 4
+    model.gradient_checkpointing_enable({"use_reentrant": True})  # another one is looked at
+    ask(model, batch_of("right"))
+    assert sum(reading.count for reading in settings._read().by_adapters.values()) == 3
