@@ -1,7 +1,7 @@
 """Each method's measure on held-out rows, trained as it should be and on shuffled preferences, answers or rewards.
 
-With one seed it must be better than after shuffled ones; over three, which takes ten minutes (`pytest -m long`), by more
-than three standard errors of the difference:
+With one seed it must be better than after shuffled ones; over three, which takes ten minutes (`pytest -m long`), by
+more than three standard errors of the difference:
 (mean − mean of shuffled) / √(s²/3 + s'²/3), with s and s' the sample deviations.  What was found is in docs/methods.md.
 """
 
