@@ -120,10 +120,7 @@ def patch_model(
         }
         chosen = [name for name, was in asked.items() if was]
         ledger = _patch_parts_only(causal_lm, unspecified, chosen, ops, loss_chunk_tokens, strict=strict)
-        walks.install(model)
-        trl_head.install(model)
-        adapters_off.install(model)
-        list_in(_patched, causal_lm)
+        _install_around(model, causal_lm)
         return ledger
     if host_embedding and (reason := why_not_on_host(causal_lm)) is not None:
         raise ConfigError(
@@ -189,12 +186,17 @@ def patch_model(
         _install(layer, layer_forward, ModuleState(settings, f"{spec.layers}.{index}", index))
     _install(final_norm, norm_forward, ModuleState(settings, spec.final_norm))
     _install_parts(parts)
+    _install_around(model, causal_lm)
+    ledger.tell()
+    return ledger
+
+
+def _install_around(model: Any, causal_lm: Any) -> None:
+    """What stands on the PEFT model around, and the list of patched models."""
     walks.install(model)
     trl_head.install(model)
     adapters_off.install(model)
     list_in(_patched, causal_lm)
-    ledger.tell()
-    return ledger
 
 
 def _why_unspecified(model: Any, family: str) -> str | None:

@@ -117,7 +117,6 @@ class Watch:
             self._lengths == self._now_lengths()
             and all(map(is_, self._forwards, self._now_forwards()))
             and self._are_hooked_alike()
-            and self._are_checkpointed_alike()
             and self._computes_alike()
         )
 
@@ -128,7 +127,6 @@ class Watch:
         return (
             self.quiet == (not any(map(has_hooks, self._modules)))
             and all(then is now or (now is None and type(then) is WeakMethod) for then, now in forwards)
-            and self._are_checkpointed_alike()
             and self._computes_alike()
         )
 
@@ -136,6 +134,7 @@ class Watch:
         try:
             return (
                 self._types == list(map(type, self._modules))
+                and self._are_checkpointed_alike()
                 and self._has_its_members()
                 and self._flags == self._now_adapted()
                 and self._trained == list(map(_requires_grad, self._frozen))

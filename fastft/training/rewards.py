@@ -6,10 +6,10 @@ https://huggingface.co/docs/trl/grpo_trainer#using-a-custom-reward-function
 """
 
 import functools
+import importlib.util
 import inspect
 import math
 import sys
-import types
 from collections.abc import Callable, Iterable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -90,8 +90,9 @@ def _run(path: Path, place: str) -> Any:
         raise ConfigError(f"{path} is no Python file", got=place, allowed="FILE.py:function", fix="rename it to .py")
     name = f"fastft_reward_{path.stem}"
     loader = _LeavesNoBytecode(name, str(path))
-    module = types.ModuleType(name)
-    module.__file__ = str(path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
     # Registered as an import would, or a dataclass of the file would not find its module.
     sys.modules[name] = module
     try:

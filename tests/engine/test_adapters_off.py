@@ -155,7 +155,7 @@ def test_no_layer_is_asked_for_its_status() -> None:
 
 
 def test_somebody_elses_method_is_called() -> None:
-    """A `set_adapter` of another class, or one that was replaced since, may do more."""
+    """A method of another class may do more."""
     model: Any = _model()
     patch_model(model, backend="eager")
     _plain(model, [])
