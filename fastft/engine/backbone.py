@@ -36,6 +36,7 @@ from fastft.engine.stack import run_layers
 from fastft.engine.state import (
     EngineSettings,
     ModuleState,
+    backward_chunk_of,
     call_original,
     policy_of,
     state_of,
@@ -303,6 +304,7 @@ class _Run:
         self.stack = stack
         self._writes_out = writes_out(layers[0], settings.spec)
         self._policies: list[Policy] = [policy_of(layer) for layer in layers]
+        self._backward_chunks = [backward_chunk_of(layer) for layer in layers]
         hidden = gathered.hidden_BSD
         self._dtype = compute_dtype(hidden)
         self._parts, self._bank = stack.prepare(self._dtype, settings.reading.look)
@@ -340,7 +342,8 @@ class _Run:
             note = why_other_kernel(settings, context)
             if note is not None:
                 self.attention_notes[index] = context.attention.name, note
-            calls.append(LayerCall(settings.ops, parts, context, policy, seed, settings.mlp_chunk_tokens))
+            chunks = settings.mlp_chunk_tokens, self._backward_chunks[index]
+            calls.append(LayerCall(settings.ops, parts, context, policy, seed, *chunks))
         graphs = self.stack.graphs(settings.graphs, hidden.device)
         return run_layers(hidden, Run(tuple(calls), self._bank, graphs, self.stack.frozen, settings.reading.look))
 

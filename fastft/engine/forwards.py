@@ -19,6 +19,7 @@ from fastft.engine.stack import run_layers
 from fastft.engine.state import (
     EngineSettings,
     ModuleState,
+    backward_chunk_of,
     call_original,
     policy_of,
     why_not_differentiated,
@@ -78,7 +79,8 @@ def _fused(
     else:
         settings.ledger.paths.pop(f"{state.name}.attention", None)
     seed = int(torch.randint(2**62, (), device="cpu").item()) if parts.has_dropout else 0
-    call = LayerCall(settings.ops, parts, context, policy_of(layer), seed, settings.mlp_chunk_tokens)
+    chunks = settings.mlp_chunk_tokens, backward_chunk_of(layer)
+    call = LayerCall(settings.ops, parts, context, policy_of(layer), seed, *chunks)
     adapted = any(matrix is not None for matrix in parts.adapters)
     if adapted and torch.is_grad_enabled():
         hidden_BSD = owned(hidden_BSD)

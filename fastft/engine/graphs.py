@@ -266,7 +266,7 @@ def _kind(call: LayerCall) -> tuple[Any, ...]:
     per_row = len(context.cos_Sd) * context.batch == context.tokens
     seen = context.seen
     told = (seen.window, seen.softcap, None if seen.documents is None else _places(seen.documents))
-    what = call.policy, call.mlp_chunk_tokens, context.attention.name
+    what = call.policy, call.mlp_chunk_tokens, call.backward_chunk_tokens, context.attention.name
     return *what, context.cos_Sd.shape[1], per_row, told
 
 

@@ -54,6 +54,8 @@ def backward_layer(
     With `overwrite`, what was saved may be overwritten: this backward is its last.
     """
     made, attention_saved, kept_of_variants = saved
+    if call.backward_chunk_tokens is not None:
+        call = call._replace(mlp_chunk_tokens=call.backward_chunk_tokens)
     given, (call, _) = call, resolved(call, made.x.dtype, kept_of_variants)
     if made.attended is None:
         made, attention_saved = _attention_block(made, call)

@@ -20,6 +20,8 @@ from fastft.kernels.cross_entropy import LogitTransform
 from fastft.kernels.row_statistics import RowStatistics
 
 IGNORED = -100
+_LOGITS_BYTES = 320 * 2**20
+_MOST_ROWS = 2048
 
 
 def shifted_targets(labels_BS: torch.Tensor) -> torch.Tensor:
@@ -54,6 +56,18 @@ class Targets:
             with self._aside.asking():
                 self._rows_N = labelled_rows(self.targets().reshape(-1))
         return self._aside.hand_over(self._rows_N)
+
+
+def chunk_for(vocabulary: int) -> int:
+    """How many rows have logits at a time where nobody chose: a power of two, 2048 at most and 256 at least.
+
+    The logits of a large vocabulary are the peak of a whole step, and a product with 1024 rows is as quick as one with
+    2048 (docs/log.md, 2026-11-30).
+    """
+    rows = _MOST_ROWS
+    while rows > 256 and 2 * rows * vocabulary > _LOGITS_BYTES:
+        rows //= 2
+    return rows
 
 
 def labelled_rows(targets_T: torch.Tensor) -> torch.Tensor:

@@ -135,6 +135,8 @@ class LayerCall(NamedTuple):
     """Of the dropout masks; a recomputation draws the same ones."""
     mlp_chunk_tokens: int | None = None
     """About how many tokens the MLP takes at a time, where the policy does not save its gate; None for all."""
+    backward_chunk_tokens: int | None = None
+    """As many in the backward, where it is to be fewer there: the forward's bits stay those of the whole."""
 
 
 def read_parts(layer: nn.Module, spec: LayerSpec, index: int) -> LayerParts:

@@ -14,7 +14,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastft.backends import Backend, load_backend
 from fastft.engine import adapters_off, optimizer_step, trl_head, walks
@@ -32,6 +32,7 @@ from fastft.engine.head import causal_lm_forward_of
 from fastft.engine.host_embedding import give_back, why_not_on_host
 from fastft.engine.ledger import Ledger
 from fastft.engine.logits import deferring_forward_of, why_not_together
+from fastft.engine.loss import chunk_for
 from fastft.engine.norm import norm_forward
 from fastft.engine.reading import layers_and_norm
 from fastft.engine.state import READ, EngineSettings, ModuleState, Placed, Read, policy_of, state_of, why_replaced
@@ -51,7 +52,7 @@ def patch_model(
     backend: str,
     placement: Policy | Sequence[Policy] | Callable[[int, int], Placed] | None = None,
     attention: str = "auto",
-    loss_chunk_tokens: int = 2048,
+    loss_chunk_tokens: int | None = None,
     mlp_chunk_tokens: int | None = None,
     resident_layers: int = 0,
     host_embedding: bool = False,
@@ -69,10 +70,11 @@ def patch_model(
         model: stays the same object; patching it again replaces the settings.
         backend: eager or triton.
         placement: one policy for all decoder layers, one a layer, or a function from a micro-batch's rows and
-            tokens a row to one a layer; None is `full` where gradient checkpointing is on, else `light`, and lets
-            `gradient_checkpointing_enable` change it later.
+            tokens a row to one a layer; None is `full` where gradient checkpointing is on (and MLPs whose backward
+            takes 2048 tokens at a time), else `light`, and lets `gradient_checkpointing_enable` change it later.
         attention: a name of `fastft.kernels.attention`, or auto.
-        loss_chunk_tokens: how many labelled rows have logits at a time.
+        loss_chunk_tokens: how many labelled rows have logits at a time; None for 2048, or so many fewer that the
+            logits of a large vocabulary take no more than 320 MiB in 16 bits.
         mlp_chunk_tokens: about how many tokens a layer's MLP takes at a time, for long sequences in little memory; None
             for all.  A layer whose policy saves gate and up, or whose MLP has adapters with dropout, takes all.  Where
             `placement` is a function, its answer counts.
@@ -100,6 +102,8 @@ def patch_model(
         raise unknown_choice("attention", attention, [*ATTENTION, "auto"])
     if graphs not in GRAPH_MODES:
         raise unknown_choice("graphs", graphs, GRAPH_MODES)
+    if loss_chunk_tokens is None:
+        loss_chunk_tokens = chunk_for(_vocabulary_of(causal_lm))
     if loss_chunk_tokens < 1:
         raise ConfigError("loss_chunk_tokens is not valid", got=loss_chunk_tokens, allowed="1 or more", fix="use 2048")
     if mlp_chunk_tokens is not None and mlp_chunk_tokens < 1:
@@ -193,7 +197,8 @@ def patch_model(
 
 def _install_around(model: Any, causal_lm: Any) -> None:
     """What stands on the PEFT model around, and the list of patched models."""
-    walks.install(model)
+    for each in dict.fromkeys((model, causal_lm)):
+        walks.install(each)
     trl_head.install(model)
     adapters_off.install(model)
     list_in(_patched, causal_lm)
@@ -210,6 +215,14 @@ def _why_unspecified(model: Any, family: str) -> str | None:
     except (AttributeError, TypeError):
         known = False
     return None if known else f"{type(model).__name__} is built otherwise than {spec.model_class}"
+
+
+def _vocabulary_of(model: Any) -> int:
+    """How many logits a token has; 0 where nothing says so."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+    size = getattr(text, "vocab_size", None)
+    return size if isinstance(size, int) else 0
 
 
 def _predicts_tokens(model: Any) -> bool:

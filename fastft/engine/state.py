@@ -27,6 +27,8 @@ REPLACED = "its forward was replaced"
 READ = "_fastft_read"
 """The attribute under which a patched model with head keeps its `Read`."""
 _SIZE_STEP = 64
+BACKWARD_CHUNK = 2048
+"""Tokens of an MLP's backward at a time, where gradient checkpointing asks for little memory."""
 
 
 _Made = TypeVar("_Made")
@@ -243,6 +245,13 @@ def policy_of(layer: nn.Module) -> Policy:
     if layer.gradient_checkpointing and not state.settings.placement_is_fixed:
         return "full"
     return state.settings.placement[state.index]
+
+
+def backward_chunk_of(layer: nn.Module) -> int | None:
+    """How many tokens the MLP's backward takes at a time, where nobody chose: fewer if gradient checkpointing is on."""
+    settings = state_of(layer).settings
+    asked = layer.gradient_checkpointing and not settings.placement_is_fixed and settings.mlp_chunk_tokens is None
+    return BACKWARD_CHUNK if asked else None
 
 
 def call_original(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,9 +1,10 @@
-"""`train`, `parameters` and `num_parameters` of a patched model without a walk through thousands of modules.
+"""`train`, `parameters`, `modules` and others of a patched model without a walk through thousands of modules.
 
-Training loops call these at every step (`zero_grad` and clipping ask for `parameters`), and each walks through all
+Training loops call these at every step (`zero_grad` and clipping ask for `parameters`, accelerate's `unwrap_model` for
+`modules`, a preference method turns gradient checkpointing off and on around its reference), and each walks through all
 modules in Python: with adapters on seven linears of 28 layers that takes the host longer than a small step takes a GPU
-(docs/log.md, 2026-11-25).  Here what a walk found is kept and compared with what the modules hold now, which is much
-quicker; where anything differs, the original walks again.  So they give exactly what the originals give.
+(docs/log.md, 2026-11-25 and 2026-11-30).  Here what a walk found is kept and compared with what the modules hold now,
+which is much quicker; where anything differs, the original walks again.  So they give exactly what the originals give.
 
 They stand on the model's class, which hands them to patched models only.  On the model itself, where the engine's other
 methods are (`engine.attach`), they could not be: bound to it they would keep it alive in a circle, and bound weakly
@@ -13,7 +14,8 @@ they would lose it in `get_peft_model(…).train()`, where nobody else holds it 
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from itertools import chain, repeat
+from contextlib import contextmanager
+from itertools import chain, compress, repeat
 from operator import attrgetter, itemgetter
 from types import MethodType
 from typing import Any, NamedTuple
@@ -27,8 +29,11 @@ from fastft.engine.attach import attach
 _WALK = "_fastft_walk"
 _HAS = "_fastft_quick_methods"
 """The names of those that a model has."""
+_CHECKPOINTS = "gradient_checkpointing"
+"""The attribute by which transformers knows a module that can be checkpointed."""
 _TRAINS = (nn.Module.train, PreTrainedModel.train)
 """These do nothing where every module is in the mode already."""
+_ANSWERS = nn.Module.__getattr__
 _attributes_of = attrgetter("__dict__")
 _registries_of = itemgetter("_modules", "_parameters")
 
@@ -36,6 +41,8 @@ _registries_of = itemgetter("_modules", "_parameters")
 class _Now(NamedTuple):
     """What the modules of a model have at the moment."""
 
+    modules: list[nn.Module]
+    """In the order of a walk."""
     attributes: list[dict[str, Any]]
     """Of each module."""
     held: list[Any]
@@ -49,7 +56,7 @@ class _Walk:
 
     def __init__(self, model: nn.Module | None = None) -> None:
         """None has found nothing, and does not hold."""
-        modules = [] if model is None else list(model.modules())
+        modules = [] if model is None else list(nn.Module.modules(model))
         registries = [module.__dict__.get(name) for module in modules for name in ("_modules", "_parameters")]
         if not all(isinstance(each, dict) for each in registries):
             modules = []  # a scripted module has others
@@ -57,6 +64,8 @@ class _Walk:
         self._types: list[Any] = list(map(type, modules))
         self.sets_modes_only = all(kind.train in _TRAINS for kind in self._types)
         """Whether no module does more in `train`."""
+        self._checkpointed = [hasattr(module, _CHECKPOINTS) for module in modules]
+        """Whether a module can be checkpointed."""
         self.places: list[int] = []
         """Of the model's parameters, in their order, among what is held: a new one may have the id of an old one."""
         self.sizes: dict[bool, tuple[list[int], int]] = {}
@@ -84,7 +93,16 @@ class _Walk:
             held = list(chain.from_iterable(map(dict.values, registries)))
         except (KeyError, TypeError):  # they are no dicts any more
             return None
-        return _Now(attributes, held, [*map(len, registries), *map(id, held)])
+        return _Now(modules, attributes, held, [*map(len, registries), *map(id, held)])  # type: ignore[arg-type]
+
+    def checkpointed(self, now: _Now) -> list[nn.Module] | None:
+        """The modules that can be checkpointed; None where that has to be asked of each again."""
+        others = [not can for can in self._checkpointed]
+        kinds = set(compress(self._types, others))
+        may_have = any(hasattr(kind, _CHECKPOINTS) or kind.__getattr__ is not _ANSWERS for kind in kinds)
+        if may_have or any(map(dict.__contains__, compress(now.attributes, others), repeat(_CHECKPOINTS))):
+            return None
+        return list(compress(now.modules, self._checkpointed))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Walk":
         return _Walk()  # a copy has other modules
@@ -116,8 +134,7 @@ def install(model: nn.Module) -> None:
     """
     kind, has = type(model), set()
     for name, (make, instead_of) in _QUICK.items():
-        # A `PeftModel` has `num_parameters` only through the model inside.
-        known = hasattr(model, name) and getattr(kind, name, instead_of[0]) in instead_of
+        known = hasattr(model, name) and getattr(kind, name, _PASSED_ON.get(name)) in instead_of
         if known and name not in vars(kind):
             setattr(kind, name, _Quick(kind, name, functools.wraps(instead_of[0])(make(kind))))
             _placed.append((kind, name))
@@ -172,6 +189,43 @@ def _parameters_of(kind: Any) -> Callable[..., Any]:
     return parameters
 
 
+def _modules_of(kind: Any) -> Callable[..., Any]:
+    """`modules` as it stands on `kind`."""
+
+    def modules(self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[nn.Module]:
+        _, now = (None, None) if args or kwargs else _walk_of(self)
+        if now is None:
+            original: Iterator[nn.Module] = super(kind, self).modules(*args, **kwargs)
+            return original
+        return iter(now.modules)
+
+    return modules
+
+
+def _set_gradient_checkpointing_of(kind: Any) -> Callable[..., Any]:
+    """`_set_gradient_checkpointing` as it stands on `kind`: the original, led past modules that it lets alone."""
+
+    def _set_gradient_checkpointing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        walk, now = _walk_of(self)
+        concerned = None if now is None or "modules" in self.__dict__ else walk.checkpointed(now)
+        if concerned is None:
+            return super(kind, self)._set_gradient_checkpointing(*args, **kwargs)
+        with _walking(self, concerned):
+            return super(kind, self)._set_gradient_checkpointing(*args, **kwargs)
+
+    return _set_gradient_checkpointing
+
+
+@contextmanager
+def _walking(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
+    """Within it, a walk through `model` comes by these modules only."""
+    model.__dict__["modules"] = lambda: iter(modules)
+    try:
+        yield
+    finally:
+        del model.__dict__["modules"]
+
+
 def _num_parameters_of(kind: Any) -> Callable[..., Any]:
     """`num_parameters` as it stands on `kind`; the original is the model's inside a `PeftModel`."""
 
@@ -196,6 +250,10 @@ def _num_parameters_of(kind: Any) -> Callable[..., Any]:
 _QUICK: dict[str, tuple[Callable[[Any], Callable[..., Any]], tuple[Any, ...]]] = {
     "train": (_train_of, _TRAINS),
     "parameters": (_parameters_of, (nn.Module.parameters,)),
+    "modules": (_modules_of, (nn.Module.modules,)),
+    "_set_gradient_checkpointing": (_set_gradient_checkpointing_of, (PreTrainedModel._set_gradient_checkpointing,)),
     "num_parameters": (_num_parameters_of, (PreTrainedModel.num_parameters,)),
 }
 """By name: what makes the quick method, and the originals that it stands for."""
+_PASSED_ON = {"num_parameters": PreTrainedModel.num_parameters}
+"""What a `PeftModel` has, but its class has not: it is the model's inside."""

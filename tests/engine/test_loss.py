@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastft.backends import Backend, load_backend
-from fastft.engine.loss import IGNORED, Targets, labelled_rows, linear_cross_entropy, shifted_targets
+from fastft.engine.loss import IGNORED, Targets, chunk_for, labelled_rows, linear_cross_entropy, shifted_targets
 from fastft.kernels.cross_entropy import LogitTransform
 from fastft.kernels.launches import OPERATIONS, Launch
 
@@ -56,6 +56,13 @@ def test_targets_and_their_rows(labels, shifted, device):
         assert torch.equal(targets.rows(), labelled_rows(expected_BS.reshape(-1)))
         assert torch.equal(targets.rows(), targets.rows())
     assert torch.equal(second.targets(), expected_BS)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "rows"), [(0, 2048), (32_000, 2048), (128_256, 1024), (151_936, 1024), (262_144, 512), (10**7, 256)]
+)
+def test_a_large_vocabulary_has_fewer_rows_at_a_time(vocabulary, rows):
+    assert chunk_for(vocabulary) == rows
 
 
 @pytest.mark.parametrize("chunk", [1, 7, T, 10**6])

@@ -116,6 +116,31 @@ def test_gradients_of_the_triton_backend_equal_those_of_the_whole(family, policy
 
 @pytest.mark.usefixtures("narrow_tiles")
 @pytest.mark.parametrize("family", SPECS)
+def test_gradient_checkpointing_tiles_the_backward_alone(family, toy, batch_of, step, error_of, tiles, monkeypatch):
+    """The forward's bits are those of a model that does not checkpoint: a reference without gradients, say."""
+    monkeypatch.setattr(state, "BACKWARD_CHUNK", 20)
+    batch = batch_of("none", B=3)
+    model = make(toy, family)
+    patch_model(model, backend="eager")
+    loss, gradients = step(model, batch)
+    tiles.clear()
+    model.gradient_checkpointing_enable()
+    tiled_loss, tiled = step(model, batch)
+    assert tiles == [[69]] * 3 + [SIZES[69, 20]] * 3
+    assert tiled_loss == loss
+    assert error_of(tiled, gradients) < TOLERANCE
+    tiles.clear()
+    patch_model(model, backend="eager", placement="full")  # chosen, and so is what it leaves out
+    step(model, batch)
+    assert tiles == [[69]] * 6
+    tiles.clear()
+    patch_model(model, backend="eager", mlp_chunk_tokens=4)
+    step(model, batch)
+    assert tiles == [SIZES[69, 4]] * 6
+
+
+@pytest.mark.usefixtures("narrow_tiles")
+@pytest.mark.parametrize("family", SPECS)
 def test_what_is_computed_again_tile_by_tile_is_the_same(family, toy, batch_of, step):
     """Bit by bit: the policies differ only in what the backward makes again, and it makes it in the same tiles."""
     batch = batch_of("right")
@@ -369,7 +394,8 @@ def test_other_tiles_need_another_recording(toy, device):
     parts = read_parts(toy().get_base_model().model.layers[0], SPECS["llama"], 0)
     call = LayerCall(load_backend("eager"), parts, context_of(8, device), "full", 0)
     kinds = {graphs._kind(call._replace(mlp_chunk_tokens=chunk)) for chunk in (None, 64, 128)}
-    assert len(kinds) == 3
+    kinds |= {graphs._kind(call._replace(backward_chunk_tokens=chunk)) for chunk in (64, 128)}
+    assert len(kinds) == 5
 
 
 @pytest.mark.usefixtures("narrow_tiles")

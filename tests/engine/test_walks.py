@@ -12,12 +12,13 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastft import patch_model, unpatch_model
 from fastft.engine import walks
 from fastft.engine.patch import forget_the_gone
 
-QUICK = ("train", "parameters", "num_parameters")
+QUICK = ("train", "parameters", "modules", "num_parameters")
 
 
 @pytest.fixture
@@ -56,7 +57,8 @@ def modes_of(model: nn.Module) -> dict[str, bool]:
 def same_parameters(model: Any) -> bool:
     theirs = list(nn.Module.parameters(model))
     mine = list(model.parameters())
-    return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
+    same_modules = list(model.modules()) == list(nn.Module.modules(model))
+    return same_modules and len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
 
 
 def test_what_does_not_change_is_walked_once(patched, walked):
@@ -114,6 +116,78 @@ def test_a_change_is_seen(change, patched):
     assert set(modes_of(patched).values()) == {False}
     patched.train()
     assert set(modes_of(patched).values()) == {True}
+
+
+class _PassingOn(nn.Module):
+    """Has whatever the module inside has."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inside"), name)
+
+
+def _of_another_class(module: nn.Module) -> None:
+    module.__class__ = type("Other", (type(module),), {"gradient_checkpointing": False})
+
+
+CHECKPOINTED: dict[str, Callable[[Any], None]] = {
+    "nothing": lambda base: None,
+    "a layer less": lambda base: base.model.layers.__delitem__(1),
+    "a part that can be": lambda base: base.model.layers[0].mlp.__dict__.update(gradient_checkpointing=False),
+    "a part of a class that can be": lambda base: _of_another_class(base.model.layers[0].mlp),
+    "a part that passes attributes on": lambda base: setattr(
+        base.model, "norm", _PassingOn(GradientCheckpointingLayer())
+    ),
+    "a new part": lambda base: base.add_module("more", GradientCheckpointingLayer()),
+}
+
+
+@pytest.mark.parametrize("change", CHECKPOINTED.values(), ids=list(CHECKPOINTED))
+def test_gradient_checkpointing_is_set_where_stock_sets_it(change, toy):
+    """Whatever was changed, before a first time or after it."""
+
+    def flags(model: Any) -> list[tuple[str, Any, bool]]:
+        found = [(name, module.__dict__) for name, module in nn.Module.named_modules(model)]
+        names = "gradient_checkpointing", "_gradient_checkpointing_func"
+        return [(name, own.get(names[0]), names[1] in own) for name, own in found if any(each in own for each in names)]
+
+    seen: list[list[Any]] = [[], []]
+    for of, fast in zip(seen, (False, True), strict=True):
+        model = toy()
+        if fast:
+            patch_model(model, backend="eager")
+        for turn in range(2):
+            model.gradient_checkpointing_enable()
+            of += [flags(model), model.is_gradient_checkpointing]
+            model.gradient_checkpointing_disable()
+            of += [flags(model), model.is_gradient_checkpointing]
+            if not turn:
+                change(model.get_base_model())
+        assert "modules" not in model.get_base_model().__dict__
+    assert seen[0] == seen[1]
+
+
+def test_checkpointing_is_set_without_a_walk(patched, monkeypatch):
+    patched.gradient_checkpointing_enable()
+    walked: list[nn.Module] = []
+    named_modules = nn.Module.named_modules
+
+    def spy(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        walked.append(self)
+        return named_modules(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "named_modules", spy)
+    patched.gradient_checkpointing_disable()
+    patched.gradient_checkpointing_enable()
+    assert not walked
+    list(nn.Module.modules(patched))
+    assert walked, "the spy sees a walk"
 
 
 def test_nothing_is_kept_alive(toy):
