@@ -3,8 +3,14 @@
     python -m bench.trl_run --model qwen2-1.5b --method dpo --arm stock --batch 2 --tokens 1024
     python -m bench.trl_run --model qwen2-1.5b --method dpo --arm fastft --batch 2 --tokens 1024
 
-The trainer has TRL's own defaults but for what is asked here; the weights are random, or a model's own, and both arms
+The trainer has TRL's own defaults but for what is asked here; the weights are random, or a model's own, and all arms
 see the same rows in the same order.  GRPO and RLOO sample once, in the first step, and train on that in all of them.
+
+With `--loader notebook` the model and its adapter come from `FastLanguageModel`, as in notebooks: fastft's, or, in the
+arm `unsloth`, Unsloth's own, in the interpreter that has it (`PYTHONPATH=FOLDER`), on a model in a folder:
+
+    python -m bench.trl_run --model FOLDER --method sft --loader notebook --arm fastft --memory-cap 3.8GiB
+    PYTHONPATH=FOLDER python -m bench.trl_run --model FOLDER --method sft --loader notebook --arm unsloth
 """
 
 import argparse
@@ -30,7 +36,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a shipped shape, a folder, or tiny")
     parser.add_argument("--method", choices=METHODS, required=True)
-    parser.add_argument("--arm", choices=("stock", "fastft"), required=True)
+    parser.add_argument("--arm", choices=("stock", "fastft", "unsloth"), required=True)
+    parser.add_argument("--loader", choices=("trl", "notebook"), default="trl", help="notebook: by FastLanguageModel")
+    parser.add_argument("--memory-cap", default=None, help="of FastLanguageModel.from_pretrained, in fastft's arm")
+    parser.add_argument("--optimizer", default="adamw_torch_fused", help="a name of transformers'")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--quantization", choices=("none", "nf4"), default="none", help="nf4 is prepared by PEFT")
     parser.add_argument("--checkpointing", choices=("on", "off"), default="on")
@@ -44,11 +53,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--warmup", type=int, default=4, help="steps that are not counted; the first samples")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    print(json.dumps(run(parser.parse_args(arguments))), flush=True)
+    asked = parser.parse_args(arguments)
+    if asked.loader == "notebook" and (asked.arm == "stock" or asked.method == "reward" or asked.adapter != "lora"):
+        parser.error("a notebook's loader is for LoRA on a causal language model, in the arms fastft and unsloth")
+    if (asked.arm == "unsloth" or asked.memory_cap is not None) and asked.loader != "notebook":
+        parser.error("--arm unsloth and --memory-cap go with --loader notebook")
+    print(json.dumps(run(asked)), flush=True)
 
 
 def run(asked: argparse.Namespace) -> dict[str, Any]:
     """Train, and tell: milliseconds a step (median), bytes before training and at the peak, losses, ledger."""
+    if asked.arm == "unsloth":
+        import unsloth  # noqa: F401  # before all that it patches
     import torch
 
     from fastft.hardware import detect_device
@@ -81,7 +97,7 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _line(arm: str) -> Iterator[None]:
-    if arm == "stock":
+    if arm != "fastft":
         yield
         return
     from fastft import patch_hf_training
@@ -104,9 +120,10 @@ def _trainer(asked: argparse.Namespace, on_gpu: bool) -> tuple[Any, Any]:
     kind = _KINDS.get(asked.method, method.upper())
     home = trl.experimental.orpo if method == "orpo" else trl
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(files("fastft.models") / "tiny"))
-    model = _model(asked, on_gpu, method)
+    by_trl = asked.loader == "trl"
+    model = _model(asked, on_gpu, method) if by_trl else _notebooks(asked, on_gpu)
     model.config.pad_token_id = tokenizer.pad_token_id
-    if asked.quantization != "none":
+    if asked.quantization != "none" and by_trl:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     more: dict[str, Any] = {}
     if method == "sft":
@@ -121,7 +138,8 @@ def _trainer(asked: argparse.Namespace, on_gpu: bool) -> tuple[Any, Any]:
     arguments = getattr(home, f"{kind}Config")(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=asked.batch, max_steps=asked.steps, logging_steps=1,
         learning_rate=2e-4, report_to=[], save_strategy="no", seed=1, lr_scheduler_type="constant", disable_tqdm=True,
-        gradient_checkpointing=asked.checkpointing == "on", use_cpu=not on_gpu, bf16=on_gpu, **more,
+        gradient_checkpointing=asked.checkpointing == "on", use_cpu=not on_gpu, bf16=on_gpu,
+        optim=asked.optimizer, **more,
     )  # fmt: skip
     given = {"reward_funcs": _length_of} if method in ("grpo", "rloo") else {}
     torch.manual_seed(0)
@@ -130,7 +148,7 @@ def _trainer(asked: argparse.Namespace, on_gpu: bool) -> tuple[Any, Any]:
         args=arguments,
         train_dataset=Dataset.from_list(_rows(asked, method, tokenizer)),
         processing_class=tokenizer,
-        peft_config=_adapter(asked, "SEQ_CLS" if method == "reward" else "CAUSAL_LM"),
+        peft_config=_adapter(asked, "SEQ_CLS" if method == "reward" else "CAUSAL_LM") if by_trl else None,
         callbacks=[AdaLoraCallback()] if asked.adapter == "adalora" else [],
         **given,
     )  # fmt: skip
@@ -174,6 +192,30 @@ def _model(asked: argparse.Namespace, on_gpu: bool, method: str) -> Any:
     torch.manual_seed(1)
     with torch.device(device):
         return transformers.AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+
+
+def _notebooks(asked: argparse.Namespace, on_gpu: bool) -> Any:
+    """A model with its adapter, from `FastLanguageModel`."""
+    import torch
+
+    more: dict[str, Any] = {}
+    if asked.arm == "unsloth":
+        from unsloth import FastLanguageModel
+
+        checkpointing: str | bool = "unsloth"
+    else:
+        from fastft import FastLanguageModel
+
+        checkpointing = "auto" if asked.memory_cap is not None else True
+        more = {"memory_cap": asked.memory_cap, "device": "cuda" if on_gpu else "cpu", "plan": "none"}
+    model, _ = FastLanguageModel.from_pretrained(
+        asked.model, max_seq_length=asked.tokens, dtype=getattr(torch, asked.dtype),
+        load_in_4bit=asked.quantization == "nf4", local_files_only=True, **more,
+    )  # fmt: skip
+    return FastLanguageModel.get_peft_model(
+        model, r=asked.rank, lora_alpha=asked.rank, lora_dropout=asked.dropout, bias="none", target_modules=_LINEARS,
+        use_gradient_checkpointing=checkpointing if asked.checkpointing == "on" else False, random_state=3407,
+    )  # fmt: skip
 
 
 def _rows(asked: argparse.Namespace, method: str, tokenizer: Any) -> list[dict[str, Any]]:

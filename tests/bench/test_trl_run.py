@@ -26,6 +26,23 @@ def test_both_arms_train_on_the_same_rows(method, capsys):
         assert result["milliseconds"] > 0
 
 
+def test_a_notebooks_model(capsys):
+    asked = ["--method", "sft", "--loader", "notebook", "--arm", "fastft"]
+    whole, capped = run(capsys, *asked), run(capsys, *asked, "--memory-cap", "1GiB", "--optimizer", "adamw_torch")
+    assert capped["first_losses"] == pytest.approx(whole["first_losses"], rel=1e-3)
+    assert all("stock" not in path for path in [*whole["ledger"], *capped["ledger"]])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [["--arm", "stock", "--loader", "notebook"], ["--arm", "unsloth"], ["--arm", "fastft", "--memory-cap", "1"]],
+)
+def test_what_does_not_go_together_is_refused(asked, capsys):
+    with pytest.raises(SystemExit):
+        main([*SMALL, "--method", "sft", *asked])
+    assert "notebook" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("adapter", ["dora", "adalora"])
 def test_other_adapters(adapter, capsys):
     arms = ("stock", "fastft")
