@@ -54,7 +54,8 @@ def backward_layer(
     With `overwrite`, what was saved may be overwritten: this backward is its last.
     """
     made, attention_saved, kept_of_variants = saved
-    if call.backward_chunk_tokens is not None:
+    if call.backward_chunk_tokens is not None and len(dy_TD) <= 2 * call.backward_chunk_tokens:
+        # More than two tiles cost launches for which the host has no time, and the peak is elsewhere then.
         call = call._replace(mlp_chunk_tokens=call.backward_chunk_tokens)
     given, (call, _) = call, resolved(call, made.x.dtype, kept_of_variants)
     if made.attended is None:

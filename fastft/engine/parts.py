@@ -136,7 +136,7 @@ class LayerCall(NamedTuple):
     mlp_chunk_tokens: int | None = None
     """About how many tokens the MLP takes at a time, where the policy does not save its gate; None for all."""
     backward_chunk_tokens: int | None = None
-    """As many in the backward, where it is to be fewer there: the forward's bits stay those of the whole."""
+    """As many in the backward, where two tiles are enough for it: the forward's bits stay those of the whole."""
 
 
 def read_parts(layer: nn.Module, spec: LayerSpec, index: int) -> LayerParts:

@@ -114,11 +114,14 @@ def test_gradients_of_the_triton_backend_equal_those_of_the_whole(family, policy
     assert error_of(tiled, gradients) < TOLERANCE
 
 
+@pytest.mark.parametrize(("chunk", "backward"), [(36, [36, 33]), (20, [69])])
 @pytest.mark.usefixtures("narrow_tiles")
 @pytest.mark.parametrize("family", SPECS)
-def test_gradient_checkpointing_tiles_the_backward_alone(family, toy, batch_of, step, error_of, tiles, monkeypatch):
+def test_gradient_checkpointing_tiles_the_backward_alone(
+    chunk, backward, family, toy, batch_of, step, error_of, tiles, monkeypatch
+):
     """The forward's bits are those of a model that does not checkpoint: a reference without gradients, say."""
-    monkeypatch.setattr(state, "BACKWARD_CHUNK", 20)
+    monkeypatch.setattr(state, "BACKWARD_CHUNK", chunk)
     batch = batch_of("none", B=3)
     model = make(toy, family)
     patch_model(model, backend="eager")
@@ -126,7 +129,7 @@ def test_gradient_checkpointing_tiles_the_backward_alone(family, toy, batch_of, 
     tiles.clear()
     model.gradient_checkpointing_enable()
     tiled_loss, tiled = step(model, batch)
-    assert tiles == [[69]] * 3 + [SIZES[69, 20]] * 3
+    assert tiles == [[69]] * 3 + [backward] * 3
     assert tiled_loss == loss
     assert error_of(tiled, gradients) < TOLERANCE
     tiles.clear()
