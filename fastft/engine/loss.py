@@ -61,8 +61,7 @@ class Targets:
 def chunk_for(vocabulary: int) -> int:
     """How many rows have logits at a time where nobody chose: a power of two, 2048 at most and 256 at least.
 
-    The logits of a large vocabulary are the peak of a whole step, and a product with 1024 rows is as quick as one with
-    2048 (docs/log.md, 2026-11-30).
+    The logits of a large vocabulary may be the peak of a whole step (docs/log.md, 2026-11-30).
     """
     rows = _MOST_ROWS
     while rows > 256 and 2 * rows * vocabulary > _LOGITS_BYTES:

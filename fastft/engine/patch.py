@@ -71,7 +71,8 @@ def patch_model(
         backend: eager or triton.
         placement: one policy for all decoder layers, one a layer, or a function from a micro-batch's rows and
             tokens a row to one a layer; None is `full` where gradient checkpointing is on (and, up to 4096
-            tokens, MLPs whose backward takes half of them at a time), else `light`, and lets `gradient_checkpointing_enable` change it later.
+            tokens, MLPs whose backward takes half of them at a time), else `light`, and lets
+            `gradient_checkpointing_enable` change it later.
         attention: a name of `fastft.kernels.attention`, or auto.
         loss_chunk_tokens: how many labelled rows have logits at a time; None for 2048, or so many fewer that the
             logits of a large vocabulary take no more than 320 MiB in 16 bits.
