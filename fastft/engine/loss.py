@@ -18,10 +18,10 @@ from fastft.engine.deferred import Deferred, Source
 from fastft.engine.first_order import first_order, path_to
 from fastft.kernels.cross_entropy import LogitTransform
 from fastft.kernels.row_statistics import RowStatistics
+from fastft.plan import LOSS_CHUNK_TOKENS
 
 IGNORED = -100
 _LOGITS_BYTES = 320 * 2**20
-_MOST_ROWS = 2048
 
 
 def shifted_targets(labels_BS: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ def chunk_for(vocabulary: int) -> int:
 
     The logits of a large vocabulary may be the peak of a whole step (docs/log.md, 2026-11-30).
     """
-    rows = _MOST_ROWS
+    rows = LOSS_CHUNK_TOKENS
     while rows > 256 and 2 * rows * vocabulary > _LOGITS_BYTES:
         rows //= 2
     return rows
