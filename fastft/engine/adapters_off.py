@@ -6,8 +6,9 @@ Here the switches and flags that it would set are set.  Where anything is unusua
 runs: it alone knows what to warn of.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any, NamedTuple
 
 from peft import PeftModel
@@ -76,7 +77,7 @@ def _switch(usual: _Usual, *, on: bool) -> None:
     for parameter in usual.trained:
         parameter.requires_grad_(on)
     for layer in usual.layers:
-        layer._disable_adapters = not on
+        object.__setattr__(layer, "_disable_adapters", not on)  # no module or parameter, of which its own would ask
 
 
 def _usual(model: Any, *, disabled: bool) -> _Usual | None:
@@ -90,18 +91,13 @@ def _usual(model: Any, *, disabled: bool) -> _Usual | None:
     if any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values()):
         return None
     found = _Usual([], [], [])
-    waiting = [tuner.model]
-    holds: dict[type[nn.Module], bool] = {}  # asked once a class, as an abstract class is slow to answer
-    while waiting:
-        module = waiting.pop()
-        if module is None:
-            continue
-        kind = type(module)
-        if kind not in holds:
-            holds[kind] = issubclass(kind, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-        if holds[kind] and not (isinstance(module, LoraLayer) and _add(module, found, disabled)):
+    modules = list(tuner.model.modules())  # a patched model's are not walked each time
+    kinds = list(map(type, modules))
+    # Asked once a class, as an abstract class is slow to answer.
+    switched = {kind for kind in set(kinds) if issubclass(kind, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
+    for module in compress(modules, map(switched.__contains__, kinds)):
+        if not (isinstance(module, LoraLayer) and _add(module, found, disabled)):
             return None
-        waiting.extend(module._modules.values())
     return found if found.layers else None
 
 
@@ -116,12 +112,21 @@ def _add(layer: Any, found: _Usual, disabled: bool) -> bool:
     found.layers.append(layer)
     found.active.append(list(active))
     for group in map(layer._modules.__getitem__, layer.adapter_layer_names):
-        for name, part in group.items():
+        for name, part in _parts_of(group):
+            is_active = name in active
+            trained = is_active and not disabled
             # Without the generators of `parameters`, where there is nothing below.
-            own = [part] if isinstance(part, nn.Parameter) else part._parameters.values()
+            own = part._parameters.values() if isinstance(part, nn.Module) else [part]
             for parameter in part.parameters() if getattr(part, "_modules", None) else own:
-                if parameter is not None and parameter.requires_grad is not (not disabled and name in active):
+                if parameter is not None and parameter.requires_grad is not trained:
                     return False
-                if parameter is not None and name in active:
+                if parameter is not None and is_active:
                     found.trained.append(parameter)
     return True
+
+
+def _parts_of(group: Any) -> Iterable[tuple[str, Any]]:
+    """What a layer has of one kind, by adapter."""
+    if type(group) is nn.ModuleDict:
+        return group._modules.items()
+    return group.items() if len(group) else ()

@@ -192,6 +192,7 @@ def patch_model(
     _install(final_norm, norm_forward, ModuleState(settings, spec.final_norm))
     _install_parts(parts)
     _install_around(model, causal_lm)
+    walks.install(backbone)  # asked for its parameters at each reference's forward
     ledger.tell()
     return ledger
 

@@ -35,7 +35,12 @@ _TRAINS = (nn.Module.train, PreTrainedModel.train)
 """These do nothing where every module is in the mode already."""
 _ANSWERS = nn.Module.__getattr__
 _attributes_of = attrgetter("__dict__")
-_registries_of = itemgetter("_modules", "_parameters")
+_children_of = itemgetter("_modules")
+_parameters_in = itemgetter("_parameters")
+_IS_CHECKPOINTING = next(
+    name for name in ("is_activation_checkpointing", "is_gradient_checkpointing") if hasattr(PreTrainedModel, name)
+)
+"""The property that asks every module whether it is checkpointed; the other name, where there is one, asks this."""
 
 
 class _Now(NamedTuple):
@@ -45,10 +50,17 @@ class _Now(NamedTuple):
     """In the order of a walk."""
     attributes: list[dict[str, Any]]
     """Of each module."""
-    held: list[Any]
-    """Every child and parameter of every module, None for one that is left out."""
-    shape: list[int]
-    """What changes when any of them is another one."""
+    parameters: list[Any]
+    """Of every module, None for one that is left out; where nobody asked for them, nothing."""
+
+
+def _values(registries: list[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, filter(None, registries))))
+
+
+def _shape(registries: list[dict[str, Any]], held: list[Any]) -> list[int]:
+    """What changes when anything held by them is another one, or elsewhere."""
+    return [*map(len, registries), *map(id, held)]
 
 
 class _Walk:
@@ -67,33 +79,48 @@ class _Walk:
         self._checkpointed = [hasattr(module, _CHECKPOINTS) for module in modules]
         """Whether a module can be checkpointed."""
         self.places: list[int] = []
-        """Of the model's parameters, in their order, among what is held: a new one may have the id of an old one."""
+        """Of the model's parameters, in their order, among those of all modules."""
         self.sizes: dict[bool, tuple[list[int], int]] = {}
         """Of all parameters, and `num_parameters`, by `exclude_embeddings`."""
-        self._shape: list[int] = []
-        now = self._look()
-        if now is not None and model is not None:
-            place = {id(one): index for index, one in enumerate(now.held)}
-            ids = list(map(id, type(model).parameters(model)))
-            if all(each in place for each in ids):
-                self.places, self._shape = [place[each] for each in ids], now.shape
+        self._shapes: tuple[list[int], list[int]] | None = None
+        """Of the modules' children, and of their parameters."""
+        if model is not None and modules:
+            self._find(model, list(map(_attributes_of, modules)))
 
-    def now(self) -> _Now | None:
-        """What there is, while every module has the class, children and parameters that it had; else None."""
-        now = self._look()
-        return now if now is not None and self._shape and now.shape == self._shape else None
+    def _find(self, model: nn.Module, attributes: list[dict[str, Any]]) -> None:
+        children, own = list(map(_children_of, attributes)), list(map(_parameters_in, attributes))
+        held = _values(own)
+        place = {id(one): index for index, one in enumerate(held)}
+        ids = list(map(id, type(model).parameters(model)))
+        if all(each in place for each in ids):
+            self.places = [place[each] for each in ids]
+            self._shapes = _shape(children, _values(children)), _shape(own, held)
 
-    def _look(self) -> _Now | None:
+    def now(self, *, parameters: bool = False) -> _Now | None:
+        """What there is, while every module has the class and children that it had, and, if they are asked for, the
+        parameters; else None.
+
+        Modules lie scattered in memory, and what is looked at has to come from there: so nothing is that nobody needs.
+        """
+        if self._shapes is None:
+            return None
         modules = [ref() for ref in self._modules]
         if list(map(type, modules)) != self._types:  # one that is gone is None
             return None
+        attributes = list(map(_attributes_of, modules))
         try:
-            attributes = list(map(_attributes_of, modules))
-            registries = list(filter(None, chain.from_iterable(map(_registries_of, attributes))))
-            held = list(chain.from_iterable(map(dict.values, registries)))
+            children = list(map(_children_of, attributes))
+            if _shape(children, _values(children)) != self._shapes[0]:
+                return None
+            held: list[Any] = []
+            if parameters:
+                own = list(map(_parameters_in, attributes))
+                held = _values(own)
+                if _shape(own, held) != self._shapes[1]:
+                    return None
         except (KeyError, TypeError):  # they are no dicts any more
             return None
-        return _Now(modules, attributes, held, [*map(len, registries), *map(id, held)])  # type: ignore[arg-type]
+        return _Now(modules, attributes, held)  # type: ignore[arg-type]
 
     def checkpointed(self, now: _Now) -> list[nn.Module] | None:
         """The modules that can be checkpointed; None where that has to be asked of each again."""
@@ -123,6 +150,17 @@ class _Quick:
         return getattr(super(self._kind, kind if model is None else model), self._name)
 
 
+class _QuickProperty(_Quick):
+    """The same of a property that nobody can set."""
+
+    def __get__(self, model: nn.Module | None, kind: Any = None) -> Any:
+        found = super().__get__(model, kind)
+        return found() if model is not None and self._name in model.__dict__.get(_HAS, ()) else found
+
+    def __set__(self, model: nn.Module, value: Any) -> None:
+        raise AttributeError(f"property {self._name!r} of {self._kind.__name__!r} object has no setter")
+
+
 _placed: list[tuple[type, str]] = []
 """Where quick methods stand: a class, and the method's name."""
 
@@ -134,9 +172,12 @@ def install(model: nn.Module) -> None:
     """
     kind, has = type(model), set()
     for name, (make, instead_of) in _QUICK.items():
-        known = hasattr(model, name) and getattr(kind, name, _PASSED_ON.get(name)) in instead_of
+        is_property = isinstance(instead_of[0], property)
+        has_one = hasattr(kind if is_property else model, name)
+        known = has_one and getattr(kind, name, _PASSED_ON.get(name)) in instead_of
         if known and name not in vars(kind):
-            setattr(kind, name, _Quick(kind, name, functools.wraps(instead_of[0])(make(kind))))
+            function = functools.wraps(instead_of[0].fget if is_property else instead_of[0])(make(kind))
+            setattr(kind, name, (_QuickProperty if is_property else _Quick)(kind, name, function))
             _placed.append((kind, name))
         if known and isinstance(vars(kind)[name], _Quick):
             has.add(name)
@@ -151,13 +192,13 @@ def uninstall() -> None:
             delattr(kind, name)
 
 
-def _walk_of(model: nn.Module) -> tuple[_Walk, _Now | None]:
+def _walk_of(model: nn.Module, *, parameters: bool = False) -> tuple[_Walk, _Now | None]:
     """The walk that was made last, and what there is now; None where no walk holds."""
     walk: _Walk = model.__dict__[_WALK]
-    now = walk.now()
+    now = walk.now(parameters=parameters)
     if now is None:
         walk = model.__dict__[_WALK] = _Walk(model)
-        now = walk.now()
+        now = walk.now(parameters=parameters)
     return walk, now
 
 
@@ -180,11 +221,11 @@ def _parameters_of(kind: Any) -> Callable[..., Any]:
     """`parameters` as it stands on `kind`."""
 
     def parameters(self: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
-        walk, now = _walk_of(self) if recurse else (None, None)
+        walk, now = _walk_of(self, parameters=True) if recurse else (None, None)
         if walk is None or now is None:
             original: Iterator[nn.Parameter] = super(kind, self).parameters(recurse)
             return original
-        return map(now.held.__getitem__, walk.places)
+        return map(now.parameters.__getitem__, walk.places)
 
     return parameters
 
@@ -206,20 +247,31 @@ def _set_gradient_checkpointing_of(kind: Any) -> Callable[..., Any]:
     """`_set_gradient_checkpointing` as it stands on `kind`: the original, led past modules that it lets alone."""
 
     def _set_gradient_checkpointing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        walk, now = _walk_of(self)
-        concerned = None if now is None or "modules" in self.__dict__ else walk.checkpointed(now)
-        if concerned is None:
-            return super(kind, self)._set_gradient_checkpointing(*args, **kwargs)
-        with _walking(self, concerned):
+        with _walking_the_checkpointed(self):
             return super(kind, self)._set_gradient_checkpointing(*args, **kwargs)
 
     return _set_gradient_checkpointing
 
 
+def _is_checkpointing_of(kind: Any) -> Callable[..., Any]:
+    """`is_activation_checkpointing`, or what its name is, as it stands on `kind`; likewise."""
+
+    def is_checkpointing(self: nn.Module) -> Any:
+        with _walking_the_checkpointed(self):
+            return getattr(super(kind, self), _IS_CHECKPOINTING)
+
+    return is_checkpointing
+
+
 @contextmanager
-def _walking(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
-    """Within it, a walk through `model` comes by these modules only."""
-    model.__dict__["modules"] = lambda: iter(modules)
+def _walking_the_checkpointed(model: nn.Module) -> Iterator[None]:
+    """Within it, a walk through `model` comes by modules only that can be checkpointed, where it is known which can."""
+    walk, now = _walk_of(model)
+    concerned = None if now is None or "modules" in model.__dict__ else walk.checkpointed(now)
+    if concerned is None:
+        yield
+        return
+    model.__dict__["modules"] = lambda: iter(concerned)
     try:
         yield
     finally:
@@ -233,11 +285,11 @@ def _num_parameters_of(kind: Any) -> Callable[..., Any]:
         of: Any = super(kind, self)
         if not isinstance(self, PreTrainedModel):
             of = self.get_base_model()
-        walk, now = _walk_of(self)
+        walk, now = _walk_of(self, parameters=True)
         own = isinstance(self, PreTrainedModel) or type(of).num_parameters is PreTrainedModel.num_parameters
         if only_trainable or now is None or not own:  # what is trained may change at any time
             return int(of.num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings))
-        sizes = [torch.Tensor.numel(now.held[place]) for place in walk.places]
+        sizes = [torch.Tensor.numel(now.parameters[place]) for place in walk.places]
         known = walk.sizes.get(exclude_embeddings)
         if known is None or known[0] != sizes:
             known = sizes, int(of.num_parameters(exclude_embeddings=exclude_embeddings))
@@ -252,6 +304,7 @@ _QUICK: dict[str, tuple[Callable[[Any], Callable[..., Any]], tuple[Any, ...]]] =
     "parameters": (_parameters_of, (nn.Module.parameters,)),
     "modules": (_modules_of, (nn.Module.modules,)),
     "_set_gradient_checkpointing": (_set_gradient_checkpointing_of, (PreTrainedModel._set_gradient_checkpointing,)),
+    _IS_CHECKPOINTING: (_is_checkpointing_of, (getattr(PreTrainedModel, _IS_CHECKPOINTING),)),
     "num_parameters": (_num_parameters_of, (PreTrainedModel.num_parameters,)),
 }
 """By name: what makes the quick method, and the originals that it stands for."""

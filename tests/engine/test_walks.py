@@ -118,6 +118,15 @@ def test_a_change_is_seen(change, patched):
     assert set(modes_of(patched).values()) == {True}
 
 
+def test_a_module_that_moved_to_the_next_one_is_seen(patched):
+    """All modules have what they had, in the order that they had: only, not in the same place."""
+    layer = patched.get_base_model().model.layers[0]
+    layer.input_layernorm.add_module("more", nn.Identity())
+    assert same_parameters(patched)
+    layer.post_attention_layernorm.add_module("more", layer.input_layernorm._modules.pop("more"))
+    assert same_parameters(patched)
+
+
 class _PassingOn(nn.Module):
     """Has whatever the module inside has."""
 
@@ -188,6 +197,27 @@ def test_checkpointing_is_set_without_a_walk(patched, monkeypatch):
     assert not walked
     list(nn.Module.modules(patched))
     assert walked, "the spy sees a walk"
+
+
+def test_whether_anything_is_checkpointed_is_asked_of_what_can_be(patched, monkeypatch):
+    base = patched.get_base_model()
+    assert base.is_gradient_checkpointing is False
+    asked: list[type] = []
+    answer = nn.Module.__getattr__
+
+    def spy(self: nn.Module, name: str) -> Any:
+        if name == "gradient_checkpointing":
+            asked.append(type(self))
+        return answer(self, name)
+
+    monkeypatch.setattr(nn.Module, "__getattr__", spy)
+    monkeypatch.setattr(walks, "_ANSWERS", spy)
+    assert base.is_gradient_checkpointing is patched.is_gradient_checkpointing is False
+    assert not asked
+    base.gradient_checkpointing_enable()
+    assert base.is_gradient_checkpointing is True
+    with pytest.raises(AttributeError, match="setter"):
+        base.is_gradient_checkpointing = False
 
 
 def test_nothing_is_kept_alive(toy):
