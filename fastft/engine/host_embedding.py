@@ -72,6 +72,8 @@ def keep_on_host(embedding: nn.Embedding) -> None:
     # `mapped` holds `exposed`, and that the memory; when the last of them goes, it must no longer be registered.
     weakref.finalize(exposed, _release, address)
     embedding.weight.data = mapped
+    del weight
+    torch.cuda.empty_cache()  # or the allocator would keep the room that was made
 
 
 def give_back(embedding: nn.Module) -> None:

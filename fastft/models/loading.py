@@ -156,6 +156,9 @@ def load_model(
         raise ModelError(
             f"bitsandbytes quantizes no layer of {resolved.name}", got=quantization, fix="leave quantization out"
         )
+    if device != "cpu":
+        # What loading and quantizing needed in between; under a cap, training has no room for it.
+        torch.cuda.empty_cache()
     return model
 
 

@@ -241,6 +241,7 @@ def _kinds(pattern: str) -> list[str]:
 
 
 SHAPES: dict[str, ModelShape] = {
+    "llama-2-13b": _llama(32000, 5120, 13824, 40, 40, 40, rope_theta=10000.0, max_positions=4096),
     "llama-3-8b": _llama(128256, 4096, 14336, 32, 32, 8),
     "llama-3.2-1b": _llama(128256, 2048, 8192, 16, 32, 8, tied_embeddings=True),
     "llama-3.2-3b": _llama(128256, 3072, 8192, 28, 24, 8, tied_embeddings=True),

@@ -46,10 +46,10 @@ def test_a_model_made_shorter(name):
 # From the models' cards, in billions.
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("llama-3-8b", 8.03), ("llama-3.2-1b", 1.24), ("llama-3.2-3b", 3.21), ("qwen2-0.5b", 0.494), ("qwen2-1.5b", 1.54),
-     ("qwen2-7b", 7.62), ("mistral-7b", 7.25), ("qwen3-8b", 8.19), ("gemma-2-9b", 9.24), ("gemma-3-4b", 3.88),
-     ("phi-4", 14.66), ("falcon3-7b", 7.46), ("smollm2-1.7b", 1.71), ("smollm3-3b", 3.08), ("granite-3-8b", 8.17),
-     ("falcon-7b", 6.92)],
+    [("llama-2-13b", 13.02), ("llama-3-8b", 8.03), ("llama-3.2-1b", 1.24), ("llama-3.2-3b", 3.21),
+     ("qwen2-0.5b", 0.494), ("qwen2-1.5b", 1.54), ("qwen2-7b", 7.62), ("mistral-7b", 7.25), ("qwen3-8b", 8.19),
+     ("gemma-2-9b", 9.24), ("gemma-3-4b", 3.88), ("phi-4", 14.66), ("falcon3-7b", 7.46), ("smollm2-1.7b", 1.71),
+     ("smollm3-3b", 3.08), ("granite-3-8b", 8.17), ("falcon-7b", 6.92)],
 )  # fmt: skip
 def test_published_sizes(name, billions):
     assert SHAPES[name].parameters / 1e9 == pytest.approx(billions, abs=0.006)
