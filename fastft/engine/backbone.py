@@ -413,7 +413,8 @@ def _rest(
 ) -> Rest:
     """Stock's backbone on the same arguments, or on `embeds_BSD` in their tokens' place."""
     reading = settings.reading
-    device = next(iter(backbone.parameters())).device.type
+    # The original comes no further than the first; a patched model's own looks at all of them.
+    device = next(nn.Module.parameters(backbone)).device.type
     if embeds_BSD is not None:
         given = {**given, "input_ids": None, "inputs_embeds": embeds_BSD}
     # The caller may fill them anew before anything is read; wide ones are not worth a copy, and watched instead.
